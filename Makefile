@@ -1,0 +1,58 @@
+# Two commands for a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+WORKERS ?= 2
+export POSTERITY_DATA ?= $(wildcard ../shared/data)
+
+.PHONY: demo test lint docs evidence bench stubs clean
+
+demo: .venv/core
+	$(BIN)/posterity run rectified-flow --claim one_step
+	$(BIN)/posterity report rectified-flow -o posterity-report
+
+test: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
+
+lint: .venv/lint
+	$(BIN)/ruff check --output-format concise .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --warnings src || $(BIN)/pyright src
+	$(BIN)/lint-imports
+	$(BIN)/python -m tools.docstrings
+
+docs: .venv/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+evidence: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.evidence $(SLUGS)
+
+bench: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench $(SLUGS)
+
+stubs: .venv/core
+	$(BIN)/python -m posterity.stubs
+
+clean:
+	rm -rf .venv docs/_build posterity-report
+
+.venv/made:
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/core: .venv/made constraints.txt pyproject.toml
+	$(PIP) -e ".[generative]"
+	@touch $@
+
+.venv/test: .venv/core
+	$(PIP) -e ".[test]"
+	@touch $@
+
+.venv/lint: .venv/test
+	$(PIP) -e ".[lint]"
+	@touch $@
+
+.venv/docs: .venv/test
+	$(PIP) -e ".[docs]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""Side-by-side speed runs: ``python -m benchmarks.<domain>.<paper>`` prints ratios."""

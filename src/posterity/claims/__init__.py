@@ -1,0 +1,202 @@
+"""Claims: what a paper says, as a function of one seed, and the form it is judged in.
+
+A claim is decided before it is run: its statement, its arms (baseline first, method
+last), its metric and direction, its data. One call is one seed; the arms of a seed
+share split, initial weights and budget, so that their differences are paired.
+
+Three forms are enough:
+
+- ``comparison``: the function returns ``{arm: value}``; the last arm should beat the first;
+- ``bound``: it returns a value that must never pass the limit that theory gives;
+- ``trend``: it returns an exponent or correlation that should lie in a range.
+
+The decorators' arguments and the parameters' defaults are literals, so that a claim can
+be shown without being imported.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["Claim", "Trial", "bound", "comparison", "trend"]
+
+Better = Literal["lower", "higher"]
+
+
+@dataclass
+class Trial:
+    """One seed of one claim, as the function that runs it sees it.
+
+    Attributes
+    ----------
+    seed : int
+        Decides every random number of the trial.
+    device : str
+        Where to compute, as torch names it.
+    curves : dict
+        What ``track`` kept: ``{curve: [(x, y), ...]}``, drawn in the report.
+    records : dict
+        What ``record`` kept: figures to report beside the metric.
+    """
+
+    seed: int
+    device: str = "cpu"
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    records: dict[str, float] = field(default_factory=dict)
+
+    def track(self, curve: str, x: float, y: float) -> None:
+        """Add a point to a curve (a loss over steps, an error over sizes)."""
+        self.curves.setdefault(curve, []).append((float(x), float(y)))
+
+    def record(self, name: str, value: float) -> None:
+        """Keep a figure that is reported but not judged."""
+        self.records[name] = float(value)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim: calling it with a `Trial` and its parameters runs one seed.
+
+    Attributes
+    ----------
+    paper, name : str
+        The paper's slug and the function's name.
+    says, where : str
+        The statement, and where the paper makes it.
+    form : {"comparison", "bound", "trend"}
+    metric : str
+        What is measured, with its unit.
+    better : {"lower", "higher"}
+        The good direction; for a bound, on which side of the limit values must stay.
+    arms : tuple of str
+        For a comparison: baseline first, method last.
+    limit : float
+        For a bound.
+    range : tuple of float
+        For a trend: lowest and highest value that agree with the paper.
+    time_limit : float
+        Seconds after which a trial at the defaults is given up.
+    smallest : dict
+        Parameters of the smallest setting that means anything: what tests run.
+    figure : float, optional
+        The paper's own value of the effect, value or trend, drawn as a line.
+    """
+
+    run: Callable[..., Any]
+    paper: str
+    says: str
+    form: Literal["comparison", "bound", "trend"]
+    metric: str
+    better: Better
+    arms: tuple[str, ...] = ()
+    limit: float | None = None
+    range: tuple[float, float] | None = None
+    where: str = ""
+    time_limit: float = 600.0
+    smallest: dict[str, Any] = field(default_factory=dict)
+    figure: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the function that runs it."""
+        return self.run.__name__
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """Parameters that a user may set, in order."""
+        every = list(inspect.signature(self.run).parameters.values())
+        return {parameter.name: parameter for parameter in every[1:]}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Default value of each parameter."""
+        return {name: parameter.default for name, parameter in self.parameters.items()}
+
+    def __call__(self, trial: Trial, **parameters: Any) -> Any:
+        """Run one seed: ``{arm: value}`` for a comparison, else a number."""
+        outcome = self.run(trial, **parameters)
+        if self.form != "comparison":
+            return float(outcome)
+        if tuple(outcome) != self.arms:
+            raise ValueError(f"{self.name} must return the arms {self.arms}, got {tuple(outcome)}")
+        return {arm: float(value) for arm, value in outcome.items()}
+
+
+def comparison(
+    *, paper: str, says: str, arms: Iterable[str], metric: str, better: Better, **facts: Any
+) -> Callable[[Callable[..., dict[str, float]]], Claim]:
+    """Say that the last of ``arms`` beats the first on ``metric``, paired by seed.
+
+    Parameters
+    ----------
+    paper, says : str
+        See `Claim`.
+    arms : iterable of str
+        At least two names, baseline first, method last.
+    metric : str
+        See `Claim`.
+    better : {"lower", "higher"}
+        Which way the metric is good.
+    **facts
+        ``where``, ``time_limit``, ``smallest``, ``figure`` of `Claim`.
+
+    Returns
+    -------
+    callable
+        Makes a `Claim` of a function ``(trial, **parameters) -> {arm: value}``.
+    """
+    names = tuple(arms)
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise ValueError(f"arms must be at least two different names, got {names}")
+    return lambda run: Claim(run, paper, says, "comparison", metric, better, arms=names, **facts)
+
+
+def bound(
+    *, paper: str, says: str, metric: str, limit: float, better: Better = "lower", **facts: Any
+) -> Callable[[Callable[..., float]], Claim]:
+    """Say that a value stays below (``better="higher"``: above) ``limit`` on every seed.
+
+    Parameters
+    ----------
+    paper, says, metric : str
+        See `Claim`.
+    limit : float
+        Reaching it is allowed, passing it is not.
+    better : {"lower", "higher"}, default="lower"
+        On which side of the limit the value must stay.
+    **facts
+        ``where``, ``time_limit``, ``smallest``, ``figure`` of `Claim`.
+
+    Returns
+    -------
+    callable
+        Makes a `Claim` of a function ``(trial, **parameters) -> value``.
+    """
+    return lambda run: Claim(run, paper, says, "bound", metric, better, limit=float(limit), **facts)
+
+
+def trend(
+    *, paper: str, says: str, metric: str, low: float, high: float, **facts: Any
+) -> Callable[[Callable[..., float]], Claim]:
+    """Say that a fitted exponent or correlation lies between ``low`` and ``high``.
+
+    Parameters
+    ----------
+    paper, says, metric : str
+        See `Claim`.
+    low, high : float
+        The values that agree with the paper, ends included.
+    **facts
+        ``where``, ``time_limit``, ``smallest``, ``figure`` of `Claim`.
+
+    Returns
+    -------
+    callable
+        Makes a `Claim` of a function ``(trial, **parameters) -> value``.
+    """
+    if low > high:
+        raise ValueError(f"low must be at most high, got {low} and {high}")
+    return lambda run: Claim(
+        run, paper, says, "trend", metric, "higher", range=(float(low), float(high)), **facts
+    )

@@ -1,0 +1,4 @@
+from posterity.clustering.minibatch_kmeans import EarlyStopMiniBatchKMeans as EarlyStopMiniBatchKMeans
+from posterity.clustering.minibatch_kmeans import iteration_bound as iteration_bound
+from posterity.clustering.minibatch_kmeans import kmeans_batch_update as kmeans_batch_update
+from posterity.clustering.minibatch_kmeans import sufficient_batch_size as sufficient_batch_size

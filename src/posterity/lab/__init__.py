@@ -1,0 +1,1 @@
+"""What a study needs: data, networks, a training loop, metrics and tasks."""

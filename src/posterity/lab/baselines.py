@@ -1,0 +1,242 @@
+"""The strong ordinary choice of each task: what a method must beat to be worth its trouble."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.ensemble import (
+    HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.model_selection import GridSearchCV
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neural_network import MLPClassifier, MLPRegressor
+from sklearn.pipeline import make_pipeline
+from torch import nn
+from torch.nn import functional as F
+
+from posterity._checks import needs
+from posterity.lab.nets import cnn, mlp, weights
+from posterity.lab.tables import table_encoder
+from posterity.lab.tasks import HISTORY, HORIZON, entry
+from posterity.lab.training import fit
+
+__all__: list[str] = []
+
+Predict = Callable[[Any], Any]
+
+
+def _tuned_mlp(kind: type, seed: int) -> Any:
+    net = kind(hidden_layer_sizes=(64, 64), max_iter=300, tol=1e-3, random_state=seed)
+    return GridSearchCV(net, {"alpha": [1e-3, 1e-1, 1.0, 10.0]}, cv=3)
+
+
+def _tuned_logistic() -> Any:
+    return GridSearchCV(
+        LogisticRegression(max_iter=2000), {"C": np.logspace(-3, 2, 6)}, scoring="neg_log_loss", cv=3
+    )
+
+
+TABLES: dict[str, tuple[Callable[[int], Any], Callable[[int], Any]]] = {
+    "linear": (lambda seed: RidgeCV(np.logspace(-3, 3, 13)), lambda seed: _tuned_logistic()),
+    "random forest": (
+        lambda seed: RandomForestRegressor(300, random_state=seed),
+        lambda seed: RandomForestClassifier(300, random_state=seed),
+    ),
+    "gradient boosting": (
+        lambda seed: HistGradientBoostingRegressor(random_state=seed),
+        lambda seed: HistGradientBoostingClassifier(random_state=seed),
+    ),
+    "tuned MLP": (lambda seed: _tuned_mlp(MLPRegressor, seed), lambda seed: _tuned_mlp(MLPClassifier, seed)),
+}
+
+
+def _tables(name: str, regressor: Callable[[int], Any], classifier: Callable[[int], Any]) -> None:
+    @entry("tabular-regression", name)
+    def _regression(train: Any, seed: int) -> Predict:
+        return make_pipeline(table_encoder(), regressor(seed)).fit(*train).predict
+
+    @entry("tabular-classification", name)
+    def _classification(train: Any, seed: int) -> Predict:
+        return make_pipeline(table_encoder(), classifier(seed)).fit(*train).predict_proba
+
+
+for _name, _pair in TABLES.items():
+    _tables(_name, *_pair)
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    return x.reshape(len(x), -1)
+
+
+@entry("image-classification", "logistic regression")
+def image_logistic(train: Any, seed: int) -> Predict:
+    """Return logistic regression on pixels, its penalty cross-validated."""
+    model = _tuned_logistic().fit(_flat(train[0]), train[1])
+    return lambda x: model.predict_proba(_flat(x))
+
+
+@entry("image-classification", "5 nearest neighbours")
+def image_neighbours(train: Any, seed: int) -> Predict:
+    """Return the vote of the nearest training images, pixel by pixel."""
+    model = KNeighborsClassifier(5).fit(_flat(train[0]), train[1])
+    return lambda x: model.predict_proba(_flat(x))
+
+
+@entry("image-classification", "CNN")
+def image_cnn(train: Any, seed: int) -> Predict:
+    """Return a small convolutional network, 30 epochs of AdamW with a cosine schedule."""
+    x, y = (torch.from_numpy(part) for part in train)
+    net = cnn(x.shape[1], int(y.max()) + 1, seed=seed)
+    fit(net, lambda net, x, y: F.cross_entropy(net(x), y), (x, y), epochs=30, lr=3e-3, optimizer="adamw",
+        weight_decay=1e-2, schedule="cosine", seed=seed)  # fmt: skip
+    return lambda x: torch.no_grad()(net)(torch.from_numpy(x)).numpy()
+
+
+def train_nodes(net: nn.Module, train: Any, seed: int, *, epochs: int = 200, lr: float = 1e-2) -> float:
+    """Train a node classifier on full batches and return its best validation accuracy.
+
+    Parameters
+    ----------
+    net : nn.Module
+        ``net(x, edge_index) -> scores``; left with its best validation weights.
+    train : tuple
+        The graph, its training mask, its validation mask.
+    seed, epochs : int
+    lr : float
+
+    Returns
+    -------
+    float
+    """
+    graph, rows, val = train
+    inputs = (graph.x[None], graph.edge_index[None], graph.y[None])
+
+    def loss(net: nn.Module, x: torch.Tensor, edges: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(net(x[0], edges[0])[rows], y[0][rows])
+
+    def validate(net: nn.Module) -> float:
+        return -float((net(graph.x, graph.edge_index).argmax(1)[val] == graph.y[val]).float().mean())
+
+    history = fit(net, loss, inputs, epochs=epochs, lr=lr, weight_decay=5e-4, seed=seed, validate=validate)
+    return -min(history.validation)
+
+
+class GraphNet(nn.Module):
+    """Graph convolutions with residual connections and layer normalisation.
+
+    Parameters
+    ----------
+    conv : callable
+        ``conv(n_in, n_out)`` makes a layer called as ``layer(x, edge_index)``.
+    n_in, n_out, width, depth : int
+    dropout : float
+    """
+
+    def __init__(
+        self, conv: Callable[[int, int], nn.Module], n_in: int, n_out: int, width: int = 64, depth: int = 2,
+        dropout: float = 0.5,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.encoder, self.readout = nn.Linear(n_in, width), nn.Linear(width, n_out)
+        self.convs = nn.ModuleList(conv(width, width) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+        """Return scores of shape (nodes, n_out)."""
+        x = self.dropout(self.encoder(self.dropout(x)).relu())
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = x + self.dropout(conv(norm(x), edge_index).relu())
+        return self.readout(x)
+
+
+def _graph_entry(name: str, layer: str) -> None:
+    @entry("node-classification", name)
+    def _fit(train: Any, seed: int) -> Predict:
+        conv = getattr(needs("torch_geometric.nn", "graphs"), layer)
+        graph = train[0]
+        best: tuple[float, Any] = (-1.0, None)
+        for depth in (1, 2, 4):
+            net = weights(GraphNet, conv, graph.x.shape[1], int(graph.y.max()) + 1, depth=depth, seed=seed)
+            best = max(best, (train_nodes(net, train, seed), net), key=lambda pair: pair[0])
+        return lambda graph: torch.no_grad()(best[1])(graph.x, graph.edge_index)
+
+
+for _entry, _layer in (("GCN", "GCNConv"), ("GraphSAGE", "SAGEConv"), ("GAT", "GATConv")):
+    _graph_entry(_entry, _layer)
+
+
+@entry("node-classification", "MLP")
+def nodes_mlp(train: Any, seed: int) -> Predict:
+    """Return a network that sees a node's own features only."""
+    graph = train[0]
+
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(graph.x.shape[1], int(graph.y.max()) + 1, dropout=0.5, seed=seed)
+
+        def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    net = Alone()
+    train_nodes(net, train, seed)
+    return lambda graph: torch.no_grad()(net)(graph.x, graph.edge_index)
+
+
+@entry("forecasting", "repeat the last day")
+def repeat_last(train: Any, seed: int) -> Predict:
+    """Return the last 24 steps again."""
+    return lambda x: x[:, -HORIZON:]
+
+
+@entry("forecasting", "ridge")
+def ridge_forecast(train: Any, seed: int) -> Predict:
+    """Return a linear map from each variable's history, less its last value, to its future."""
+    windows = np.lib.stride_tricks.sliding_window_view(train, HISTORY + HORIZON, axis=0)
+    windows = windows[:: max(1, len(windows) // 4000)].reshape(-1, HISTORY + HORIZON)
+    last = windows[:, HISTORY - 1 : HISTORY]
+    model = RidgeCV(np.logspace(-2, 4, 7)).fit(windows[:, :HISTORY] - last, windows[:, HISTORY:] - last)
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        rows = x.swapaxes(1, 2).reshape(-1, HISTORY)
+        future = model.predict(rows - rows[:, -1:]) + rows[:, -1:]
+        return future.reshape(len(x), x.shape[2], HORIZON).swapaxes(1, 2)
+
+    return predict
+
+
+@entry("imputation", "linear interpolation")
+def interpolate(train: Any, seed: int) -> Predict:
+    """Return straight lines between the observed neighbours in time."""
+
+    def predict(x: np.ndarray) -> np.ndarray:
+        filled = x.copy()
+        for column in filled.T:
+            gone = np.isnan(column)
+            if not gone.all():
+                column[gone] = np.interp(np.flatnonzero(gone), np.flatnonzero(~gone), column[~gone])
+        return np.nan_to_num(filled)
+
+    return predict
+
+
+@entry("imputation", "ridge on the neighbours")
+def ridge_impute(train: Any, seed: int) -> Predict:
+    """Return iterated ridge regression on the other variables and four steps around."""
+    from sklearn.experimental import enable_iterative_imputer  # noqa: F401
+    from sklearn.impute import IterativeImputer
+
+    def around(x: np.ndarray) -> np.ndarray:
+        moved = [np.roll(x, k, axis=0) for k in (-2, -1, 1, 2)]
+        return np.hstack([x, *moved])
+
+    model = IterativeImputer(max_iter=5, random_state=seed, keep_empty_features=True)
+    hidden = np.random.default_rng(seed).random(train.shape) < 0.25
+    model.fit(around(np.where(hidden, np.nan, train)[-4000:]))
+    return lambda x: np.asarray(model.transform(around(x)))[:, : x.shape[1]]

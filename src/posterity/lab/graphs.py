@@ -1,0 +1,207 @@
+"""Graphs: node features, directed edges and splits, from public files or a user's own."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+from scipy import sparse
+from sklearn.datasets import load_digits
+from sklearn.neighbors import kneighbors_graph
+from torch import Tensor
+
+from posterity.lab.data import Graph, dataset, fetch, resolve
+
+__all__ = ["GraphData", "load_graph"]
+
+
+@dataclass(frozen=True)
+class GraphData:
+    """A graph with labelled nodes.
+
+    Attributes
+    ----------
+    x : Tensor of shape (nodes, features), float32
+    edge_index : Tensor of shape (2, edges), int64
+        Row 0 sends, row 1 receives; an undirected edge is listed both ways.
+    y : Tensor of shape (nodes,), int64
+    train, val, test : Tensor of shape (splits, nodes), bool
+    note : str
+        What was read and what was done to it.
+    """
+
+    x: Tensor
+    edge_index: Tensor
+    y: Tensor
+    train: Tensor
+    val: Tensor
+    test: Tensor
+    note: str = ""
+
+    def split(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the masks of a seed: the data's own splits in turn."""
+        k = seed % len(self.train)
+        return self.train[k], self.val[k], self.test[k]
+
+
+def load_graph(data: str, *, seed: int = 0) -> GraphData:
+    """Return the graph of a name or an ``.npz`` file.
+
+    Parameters
+    ----------
+    data : str
+        A registered name, or an ``.npz`` with ``node_features``, ``node_labels``,
+        ``edges`` (edges, 2) and, if it has splits, ``train_masks``, ``val_masks`` and
+        ``test_masks``; without them ten splits of 48/32/20 per cent are drawn.
+    seed : int, default=0
+        For generated graphs.
+
+    Returns
+    -------
+    GraphData
+    """
+    found = resolve(Graph, data)
+    if callable(found):
+        return found(seed)
+    files = [found] if isinstance(found, Path) else fetch(found)
+    return _planetoid(str(found), files) if len(files) > 1 else _arrays(files[0])
+
+
+def graph_data(
+    x: Any,
+    edges: ndarray,
+    y: Any,
+    masks: list[ndarray] | None = None,
+    *,
+    note: str = "",
+    directed: bool = False,
+) -> GraphData:
+    """Return a graph of arrays: edges (edges, 2) made symmetric, repeats removed."""
+    n = len(x)
+    if not directed:
+        edges = np.concatenate([edges, edges[:, ::-1]])
+    edges = np.unique(edges, axis=0)
+    if masks is None:
+        masks = [np.zeros((10, n), dtype=bool) for _ in range(3)]
+        for k in range(10):
+            order = np.random.default_rng(k).permutation(n)
+            cuts = np.split(order, [round(0.48 * n), round(0.8 * n)])
+            for mask, part in zip(masks, cuts, strict=True):
+                mask[k, part] = True
+    tensors = [torch.from_numpy(np.atleast_2d(mask).astype(bool)) for mask in masks]
+    return GraphData(
+        torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)),
+        torch.from_numpy(np.ascontiguousarray(edges.T, dtype=np.int64)),
+        torch.from_numpy(np.asarray(y, dtype=np.int64)),
+        *tensors,
+        note=note,
+    )
+
+
+def _arrays(path: Path) -> GraphData:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path.name} is not a readable .npz of plain arrays") from error
+    for name in ("node_features", "node_labels", "edges"):
+        if name not in arrays:
+            raise ValueError(f"{path.name}: array {name!r} is missing, has {sorted(arrays)}")
+    x, y, edges = arrays["node_features"], arrays["node_labels"], arrays["edges"]
+    if x.ndim != 2 or y.shape != (len(x),):
+        raise ValueError(
+            f"{path.name}: node_features (n, d) and node_labels (n,), got {x.shape} and {y.shape}"
+        )
+    if edges.ndim != 2 or edges.shape[1] != 2 or edges.dtype.kind not in "iu":
+        raise ValueError(f"{path.name}: edges must be integers (edges, 2), got {edges.dtype} {edges.shape}")
+    if edges.size and (edges.min() < 0 or edges.max() >= len(x)):
+        raise ValueError(f"{path.name}: edges name nodes outside 0..{len(x) - 1}")
+    if not np.isfinite(x).all():
+        raise ValueError(
+            f"{path.name}: node_features has NaN or infinity in row {np.argwhere(~np.isfinite(x))[0][0]}"
+        )
+    masks = [arrays[key] for part in ("train", "val", "test") if (key := f"{part}_masks") in arrays]
+    given = masks if len(masks) == 3 else None
+    if given and any(np.atleast_2d(mask).shape[1] != len(x) for mask in given):
+        raise ValueError(
+            f"{path.name}: masks must be (splits, {len(x)}), got {[mask.shape for mask in given]}"
+        )
+    directed = path.stem.endswith("_directed")
+    note = f"{path.name}: {len(x):,} nodes, {len(edges):,} edges" + (
+        "" if directed else ", read as undirected"
+    )
+    if given is None:
+        note += "; no splits, ten of 48/32/20 per cent are drawn"
+    return graph_data(x, edges, np.unique(y, return_inverse=True)[1], given, note=note, directed=directed)
+
+
+class _Planetoid(pickle.Unpickler):
+    """Reads Python-2 pickles of arrays, sparse matrices and adjacency lists, and nothing else."""
+
+    allowed = frozenset({
+        ("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"),
+        ("scipy.sparse.csr", "csr_matrix"), ("collections", "defaultdict"), ("__builtin__", "list"),
+    })  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise ValueError(f"not a Planetoid file: it asks for {module}.{name}")
+        if module == "scipy.sparse.csr":
+            return sparse.csr_matrix
+        if module == "numpy.core.multiarray":
+            module = "numpy._core.multiarray"
+        return super().find_class("builtins" if module == "__builtin__" else module, name)
+
+
+def read_planetoid(path: Path) -> Any:
+    """Return the content of one Planetoid pickle, read with a restricted unpickler."""
+    try:
+        with path.open("rb") as file:
+            return _Planetoid(file, encoding="latin1").load()
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        UnicodeError,
+    ) as error:
+        raise ValueError(f"{path.name} is not a Planetoid file: {error}") from error
+
+
+def _planetoid(name: str, files: list[Path]) -> GraphData:
+    by_end = {path.name.split(".", 2)[2]: path for path in files}
+    x, tx, allx, y, ty, ally, graph = (read_planetoid(by_end[end]) for end in
+                                       ("x", "tx", "allx", "y", "ty", "ally", "graph"))  # fmt: skip
+    test = np.loadtxt(by_end["test.index"], dtype=np.int64)
+    n = max(test.max() + 1, len(ally) + len(test))
+    features, labels = np.zeros((n, allx.shape[1]), np.float32), np.zeros((n, ally.shape[1]), int)
+    features[: len(ally)], labels[: len(ally)] = allx.toarray(), ally
+    features[test], labels[test] = tx.toarray(), ty  # nodes the file leaves out stay zero, as is usual
+    features /= np.maximum(features.sum(1, keepdims=True), 1)
+    edges = np.array([(u, v) for u, near in graph.items() for v in near if u != v], dtype=np.int64)
+    masks = [np.zeros((1, n), dtype=bool) for _ in range(3)]
+    masks[0][0, : len(y)] = True
+    masks[1][0, len(y) : len(y) + 500] = True
+    masks[2][0, test] = True
+    note = f"{name}: {n:,} nodes, rows of features sum to 1, the public split"
+    return graph_data(features, edges, labels.argmax(1), masks, note=note)
+
+
+@dataset(Graph, "digits")
+def digits(seed: int) -> GraphData:
+    """Return scikit-learn's digits joined to their 10 nearest: 10 labels a class, 300 to validate."""
+    bunch = load_digits()
+    x, y = bunch.data / 16, bunch.target
+    near = kneighbors_graph(x, 10).tocoo()
+    masks = [np.zeros((10, len(x)), dtype=bool) for _ in range(3)]
+    for k in range(10):
+        order = np.random.default_rng(k).permutation(len(x))
+        chosen = np.concatenate([order[y[order] == label][:10] for label in range(10)])
+        rest = order[~np.isin(order, chosen)]
+        masks[0][k, chosen] = masks[1][k, rest[:300]] = masks[2][k, rest[300:]] = True
+    return graph_data(x, np.stack([near.row, near.col], 1), y, masks, note="digits: 10 nearest neighbours")

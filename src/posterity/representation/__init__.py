@@ -1,0 +1,5 @@
+"""Representation learning: self-supervision, invariance, embeddings."""
+
+from posterity.papers import serve
+
+__getattr__, __dir__ = serve(__name__)

@@ -1,0 +1,4 @@
+from posterity.transport.sparse_ot import SparseTransport as SparseTransport
+from posterity.transport.sparse_ot import SparseTransportRouter as SparseTransportRouter
+from posterity.transport.sparse_ot import project_sparse_simplex as project_sparse_simplex
+from posterity.transport.sparse_ot import sparse_transport as sparse_transport

@@ -1,0 +1,263 @@
+"""The command line as a person meets it: what it prints, how it ends, what it refuses."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from posterity.engine.store import Store
+from posterity.papers import papers
+
+FAST = ["minibatch-kmeans", "--claim", "local_implies_global", "--set", "max_iter=3", "--set", "n_rows=300"]
+
+
+def call(*words, **environment):
+    """Return exit code, stdout and stderr of one command."""
+    done = subprocess.run(
+        [sys.executable, "-m", "posterity", *map(str, words)], capture_output=True, text=True, check=False,
+        env={**os.environ, "COLUMNS": "200", **environment}, timeout=300,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_list_filters_by_domain_and_by_what_is_there():
+    code, out, _ = call("list", "--json")
+    assert code == 0
+    assert len(json.loads(out)) == 160
+    _, out, _ = call("list", "--domain", "graphs", "--implemented", "--json")
+    rows = json.loads(out)
+    assert rows
+    assert all(row["domain"] == "graphs" and row["implemented"] for row in rows)
+    _, out, _ = call("list")
+    assert len(out.splitlines()) == 160
+
+
+@pytest.mark.parametrize(
+    ("words", "slug"),
+    [
+        (["overconfident"], "esd"), (["calibration"], "esd"), (["callibration"], "esd"), (["rectified", "flow"], "rectified-flow"),
+        (["missing", "values", "series"], "timesnet"), (["equal", "opportunity"], "fairee"), (["oversmoothing"], "a-dgn"),
+    ],
+)  # fmt: skip
+def test_search_finds_by_problem_and_forgives_typos(words, slug):
+    _, out, _ = call("search", *words, "--json")
+    assert slug in [row["slug"] for row in json.loads(out)[:5]]
+
+
+def test_search_that_finds_nothing_says_so():
+    code, out, err = call("search", "zzzzqqqq")
+    assert (code, out) == (0, "")
+    assert "nothing found" in err
+
+
+def test_show_gives_the_lines_needs_claims_and_citation():
+    _, out, _ = call("show", "esd", "--json")
+    shown = json.loads(out)
+    assert "ESDLoss" in shown["lines"]
+    assert set(shown["needs"]) == {"labels", "gpu", "extra"}
+    assert shown["claims"][0]["says"]
+    assert shown["cite"].startswith("@inproceedings")
+    _, text, _ = call("show", "esd")
+    for part in ("For:", "Use it", "Needs:", "Claims:", "Cite:"):
+        assert part in text
+    _, text, _ = call("show", "othello-world")
+    assert "Not implemented yet." in text
+
+
+def test_run_prints_the_contracts_row_and_stores_it(tmp_path):
+    code, out, err = call("run", *FAST, "--seeds", 2, "--first-seed", 7, "--json", "--quiet")
+    assert (code, err) == (0, "")
+    (row,) = json.loads(out)
+    assert list(row) == ["paper", "claim", "says", "form", "metric", "better", "arms", "effect", "verdict", "seeds",
+                         "seconds", "data", "params", "code"]  # fmt: skip
+    assert row["seeds"] == [7, 8]
+    assert row["params"]["max_iter"] == 3
+    for arm in row["arms"].values():
+        assert set(arm) == {"mean", "ci95", "values"}
+        assert len(arm["values"]) == 2
+    assert set(row["effect"]) == {"mean", "ci95"}
+    assert json.loads(call("results", "--json")[1]) == [row]
+    code, again, err = call("run", *FAST, "--seeds", 2, "--first-seed", 7, "--json")
+    assert json.loads(again) == [row]
+    assert "2 of 2 trials were stored" in err
+    _, out, _ = call("results")
+    assert "verdict:" in out
+    code, out, err = call("run", *FAST, "--seeds", 1, "--strict")
+    assert code == 3
+    assert "inconclusive" in out
+    assert "[1/1] minibatch-kmeans local_implies_global seed 0" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run"], "say which papers"),
+        (["run", "nope"], "unknown paper 'nope'"),
+        (["run", "rectified-flwo"], "did you mean rectified-flow"),
+        (["run", "othello-world"], "not implemented yet"),
+        (["run", "esd", "--all"], "one of them"),
+        (["run", "--domain", "cooking"], "domain must be one of transport"),
+        (["run", "--domain", "language"], "no paper of language"),
+        (["run", "esd", "--claim", "nope"], "claim of esd must be one of"),
+        (["run", "esd", "fairee", "--claim", "calibration"], "--claim needs exactly one paper"),
+        (["run", "esd", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["run", "esd", "--seeds", "many"], "--seeds"),
+        (["run", "esd", "--first-seed", "-1"], "--first-seed must be at least 0"),
+        (["run", "esd", "--workers", "0"], "--workers must be at least 1"),
+        (["run", "esd", "--on", "mars"], "--on must be local, ray or ray://HOST:PORT, got 'mars'"),
+        (["run", "esd", "--device", "tpu"], "--device must be cpu, cuda"),
+        (["run", "esd", "--device", "cuda"], "this torch sees none"),
+        (["run", "esd", "--set", "colour"], "--set must be name=value"),
+        (["run", "esd", "--set", "colour=red"], "takes no 'colour'"),
+        (["run", "esd", "--set", "data=digits"], "use --data"),
+        (["run", "tangos", "--set", "n_noise=few"], "n_noise must be an integer, got 'few'"),
+        (["run", "tangos", "--data", "two-moons"], "data must be table: a name ("),
+        (["run", "tangos", "--data", "missing.csv"], "which is no name and no file"),
+        (["run", "tangos", "--data", "."], "got the folder ."),
+        (["run", "tangos", "--data", "pyproject.toml"], "got the file pyproject.toml"),
+        (["run", "tangos", "--data", "diabetes", "--target", "nope"], "target must be one of"),
+        (["run", "minibatch-kmeans", "--claim", "terminates", "--target", "x"], "takes no 'target'"),
+        (["show", "nope"], "unknown paper"),
+        (["cite", "nope"], "unknown paper"),
+        (["vendor", "othello-world"], "not implemented yet"),
+        (["results", "nope"], "unknown paper"),
+        (["report"], "nothing to report"),
+        (["compare", "cooking"], "task must be one of tabular-regression"),
+        (["compare", "node-classification", "--target", "x"], "takes no target"),
+        (["compare", "tabular-regression", "--data", "nope"], "which is no name and no file"),
+        (["new", "Bad Slug", "--domain", "graphs"], "slug must be lower-case"),
+        (["new", "fine", "--domain", "cooking"], "domain must be one of"),
+        (["new", "esd", "--domain", "graphs"], "belongs to uncertainty"),
+        (["new", "fine", "--domain", "graphs", "--root", "/"], "must be a checkout"),
+        (["list", "--domain", "cooking"], "domain must be one of"),
+        (["list", "--colour"], "No such option"),
+        (["cook"], "No such command"),
+        (["search"], "Missing argument"),
+    ],
+)  # fmt: skip
+def test_bad_usage_is_one_line_and_exit_code_2(words, said):
+    code, out, err = call(*words)
+    assert code == 2, (out, err)
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+
+
+def test_a_trial_that_raises_gives_exit_code_1_and_the_reason(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("a,b,price\n" + "".join(f"{k},{k * k % 7},{k % 5}.5\n" for k in range(6)))
+    code, out, err = call(
+        "run", "tangos", "--data", table, "--target", "price", "--set", "max_epochs=0", "--seeds", 1, "--json"
+    )
+    assert code == 1
+    assert json.loads(out)[0]["verdict"] == "error"
+    assert "max_epochs" in err
+
+
+def test_ctrl_c_keeps_what_is_stored_and_says_how_to_go_on():
+    words = ["run", *FAST, "--seeds", "500", "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "posterity", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if line.startswith("[2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    kept = int(re.search(r"stopped; (\d+) of 500 trials are stored", err)[1])
+    assert len(Store().all()) >= kept >= 2
+    assert "posterity run minibatch-kmeans" in err
+
+
+@pytest.mark.timeout(420)
+def test_killed_at_twenty_random_moments_no_finished_trial_is_lost():
+    """What was seen finished is stored, whatever is stored is whole, and the end is the same."""
+    words = [sys.executable, "-m", "posterity", "run", *FAST, "--seeds", "120", "--workers", "1"]
+    moments = random.Random(0)
+    finished = set()
+    for _ in range(20):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + moments.uniform(2.5, 6.0)
+        os.set_blocking(process.stderr.fileno(), False)
+        said = ""
+        while time.monotonic() < until and process.poll() is None:
+            said += process.stderr.read() or ""
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        said += process.stderr.read() or ""
+        finished |= {int(seed) for seed in re.findall(r"seed (\d+): [\d.]+ s\n", said)}
+        stored = Store().all()
+        assert finished <= {job.seed for job, _ in stored}
+        assert all(outcome.value and not outcome.error and outcome.ended for _, outcome in stored)
+    assert finished
+    code, out, err = call("run", *FAST, "--seeds", "120", "--json")
+    assert code == 0
+    assert f"{len(stored)} of 120 trials were stored" in err or not stored
+    (row,) = json.loads(out)
+    assert row["seeds"] == list(range(120))
+    some = sorted(finished)[:3]
+    for seed in some:
+        _, fresh, _ = call("run", *FAST, "--seeds", 1, "--first-seed", seed, "--json", "--quiet", "--fresh")
+        for arm, facts in json.loads(fresh)[0]["arms"].items():
+            assert facts["values"] == [row["arms"][arm]["values"][seed]]
+
+
+def test_vendored_methods_run_without_posterity(tmp_path):
+    """Each vendored file is imported where Posterity cannot be, and the lines that use it run."""
+    for paper in papers().values():
+        if not paper.implemented:
+            continue
+        code, source, err = call("vendor", paper.slug)
+        assert code == 0, err
+        assert "Apache License" in source
+        assert "@inproceedings" in source
+        path = tmp_path / f"vendored_{paper.slug.replace('-', '_')}.py"
+        path.write_text(source)
+        lines = re.sub(r"from posterity\.\w+(\.\w+)? import", f"from {path.stem} import", paper.lines)
+        block = "import sys\nsys.modules['posterity'] = None\nsys.path.insert(0, '.')\n"
+        done = subprocess.run(
+            [sys.executable, "-c", block + lines], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{paper.slug}: {done.stderr}"
+
+
+def test_new_writes_four_files_that_the_linter_passes_and_whose_tests_say_what_is_missing(tmp_path):
+    (tmp_path / "src" / "posterity" / "papers").mkdir(parents=True)
+    code, out, err = call("new", "brand-new", "--domain", "graphs", "--root", tmp_path)
+    assert code == 0, err
+    files = out.split()
+    assert len(files) == 4
+    lint = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E,F,I", "--line-length", "110", tmp_path],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    if "No module named ruff" not in lint.stderr:
+        assert lint.returncode == 0, lint.stdout
+    code, _, err = call("new", "brand-new", "--domain", "graphs", "--root", tmp_path)
+    assert code == 2
+    assert "is there already" in err
+
+
+def test_compare_ranks_entries_with_ties_and_intervals(tmp_path):
+    table = tmp_path / "houses.csv"
+    rng = random.Random(0)
+    rows = [(rng.random(), rng.random(), rng.choice("xyz")) for _ in range(80)]
+    table.write_text(
+        "rooms;size;town;price\n" + "".join(f"{a};{b};{t};{3 * a - b + (t == 'x')}\n" for a, b, t in rows)
+    )
+    code, out, err = call(
+        "compare", "tabular-regression", "--data", table, "--target", "price", "--seeds", 2, "--json"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert "separator ';'" in err
+    assert [row["rank"] for row in found] == sorted(row["rank"] for row in found)
+    assert {"linear", "gradient boosting", "tuned MLP", "random forest"} <= {row["entry"] for row in found}
+    assert "tangos" in {row["paper"] for row in found}
+    assert found[0]["entry"] == "linear"

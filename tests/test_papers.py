@@ -1,0 +1,133 @@
+"""The index: 160 records, each whole, each domain served from them."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import posterity
+from posterity.papers import DOMAINS, ROOT, Paper, get, papers, read
+from posterity.stubs import stubs
+
+EVERY = list(papers().values())
+IMPLEMENTED = [paper for paper in EVERY if paper.implemented]
+
+
+def by_slug(paper):
+    return paper.slug
+
+
+def test_there_are_160_papers_in_25_domains():
+    assert len(EVERY) == 160
+    assert {paper.domain for paper in EVERY} == set(DOMAINS)
+    assert len(DOMAINS) == 25
+    assert len({paper.title for paper in EVERY}) == 160
+
+
+@pytest.mark.parametrize("paper", EVERY, ids=by_slug)
+def test_a_record_says_what_the_method_does(paper):
+    assert paper.venue in ("ICLR 2023", "ICLR 2024")
+    assert paper.authors
+    assert paper.track
+    assert 40 <= len(paper.summary) <= 140
+    assert paper.summary.endswith(".")
+    assert paper.summary.rstrip(".") != paper.title
+    assert len(paper.tags) == len(set(paper.tags)) >= 4
+    assert all(tag == tag.lower() for tag in paper.tags)
+    assert (ROOT / "papers" / f"{paper.slug}.toml").is_file()
+    assert (ROOT / paper.domain).is_dir()
+
+
+@pytest.mark.parametrize("paper", IMPLEMENTED, ids=by_slug)
+def test_an_implemented_record_is_whole(paper):
+    for name in ("kind", "exports", "problem", "lines", "labels", "gpu", "url", "since"):
+        assert getattr(paper, name), f"{paper.slug}.toml lacks {name}"
+    module = importlib.import_module(paper.module)
+    assert sorted(module.__all__) == sorted(paper.exports)
+    domain = importlib.import_module(f"posterity.{paper.domain}")
+    for name in paper.exports:
+        assert getattr(domain, name) is getattr(module, name)
+        assert name in dir(domain)
+    assert paper.claims_file is not None
+
+
+@pytest.mark.parametrize("paper", IMPLEMENTED, ids=by_slug)
+def test_the_lines_that_use_it_run(paper, as_a_user):
+    exec(compile(paper.lines, paper.slug, "exec"), {})
+
+
+@pytest.mark.parametrize("paper", EVERY, ids=by_slug)
+def test_a_citation_is_made_from_the_record(paper):
+    entry = paper.bibtex()
+    assert entry.startswith("@inproceedings{")
+    assert paper.title in entry
+    assert entry.count("{") == entry.count("}")
+
+
+def test_citation_keys_are_unique():
+    assert len({paper.bibtex().splitlines()[0] for paper in EVERY}) == 160
+
+
+def test_stubs_are_those_of_the_records():
+    for path, text in stubs().items():
+        assert path.read_text() == text, "run `make stubs`"
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    domain = importlib.import_module("posterity.transport")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = domain.nothing
+
+
+def test_nothing_heavy_is_imported():
+    code = "import sys, posterity, posterity.cli, posterity.transport; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+    assert posterity.__version__
+
+
+def test_an_unknown_paper_is_answered_with_its_neighbours():
+    with pytest.raises(ValueError, match="did you mean rectified-flow"):
+        get("rectifeid-flow")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('colour = "red"', "unknown field 'colour'"),
+        ('tags = "one"', "tags must be a list of strings"),
+        ("title = 3", "title must be a string"),
+        ('slug = "x"', "missing"),
+    ],
+)
+def test_a_record_with_a_wrong_field_is_refused(tmp_path, text, message):
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_a_paper_of_another_package_is_found(tmp_path, monkeypatch):
+    """Records come from a package named by an entry point; their files from its modules."""
+    package = tmp_path / "elsewhere"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "method.py").write_text("__all__ = ['answer']\nanswer = 42\n")
+    facts = {"slug": "theirs", "domain": "tabular", "title": "T", "venue": "ICLR 2024", "track": "poster",
+             "summary": "S.", "module": "elsewhere.method", "claims": "elsewhere.claims"}  # fmt: skip
+    lists = 'authors = ["A B"]\ntags = ["a"]\nexports = ["answer"]\n'
+    (package / "theirs.toml").write_text(lists + "".join(f'{k} = "{v}"\n' for k, v in facts.items()))
+    info = tmp_path / "elsewhere-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[posterity.papers]\nelsewhere = elsewhere\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    papers.cache_clear()
+    try:
+        paper = get("theirs")
+        assert isinstance(paper, Paper)
+        assert paper.implemented
+        assert paper.claims_file is None
+    finally:
+        papers.cache_clear()

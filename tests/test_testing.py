@@ -1,0 +1,399 @@
+"""The conformance checks refuse plausible toys, one subtle fault each."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.linear_model import LinearRegression
+from torch import nn
+from torch.nn import functional as F
+
+from posterity.testing import (
+    check_estimator,
+    check_generative,
+    check_graph_network,
+    check_layer,
+    check_loss,
+    check_metric,
+    check_solver,
+)
+
+pytestmark = pytest.mark.usefixtures("as_a_user")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- losses ---
+
+
+@pytest.fixture
+def batch():
+    logits = torch.randn(8, 4, dtype=torch.float64, generator=generator()).requires_grad_()
+    return logits, torch.randint(4, (8,), generator=generator())
+
+
+class Good(nn.Module):
+    reduction = "mean"
+
+    def forward(self, logits, target):
+        return self.reduce(F.cross_entropy(logits, target, reduction="none"))
+
+    def reduce(self, each):
+        return each if self.reduction == "none" else getattr(each, self.reduction)()
+
+
+class Detached(Good):
+    def forward(self, logits, target):
+        return super().forward(logits.detach(), target) + 0 * logits.sum()
+
+
+class NaiveLog(Good):
+    def forward(self, logits, target):
+        return self.reduce(
+            -logits.exp().div(logits.exp().sum(1, keepdim=True)).gather(1, target[:, None])[:, 0].log()
+        )
+
+
+class SingleFloat(Good):
+    def forward(self, logits, target):
+        return super().forward(logits.float(), target)
+
+
+class Noisy(Good):
+    def forward(self, logits, target):
+        return super().forward(logits + 1e-3 * torch.randn_like(logits), target)
+
+
+class WrongMean(Good):
+    def reduce(self, each):
+        return each if self.reduction == "none" else each.sum() if self.reduction == "sum" else each.sum() / 4
+
+
+class InPlace(Good):
+    def forward(self, logits, target):
+        with torch.no_grad():
+            logits.sub_(logits.max())
+        return super().forward(logits, target)
+
+
+class Unbiased(nn.Module):
+    def forward(self, logits, target):
+        return F.cross_entropy(logits, target) + logits.std(0).sum()
+
+
+def test_a_good_loss_passes(batch):
+    check_loss(Good(), *batch)
+
+
+@pytest.mark.parametrize(
+    ("toy", "said"),
+    [
+        (Detached, "Jacobian"), (NaiveLog, "finite with inputs scaled"), (SingleFloat, "."), (Noisy, "global generator"),
+        (WrongMean, "is the mean of"), (InPlace, "changed its input"), (Unbiased, "batch of one is finite"),
+    ],
+)  # fmt: skip
+def test_a_toy_loss_is_refused(toy, said, batch):
+    with pytest.raises(AssertionError, match=said):
+        check_loss(toy(), *batch)
+
+
+# --- layers and graph networks ---
+
+
+class Dead(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 3)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+class Hidden(nn.Linear):
+    """Keeps a weight where no state_dict finds it."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.secret = [torch.randn(3, generator=generator())]
+
+    def forward(self, x):
+        return super().forward(x) * self.secret[0].to(x)
+
+
+class Dropping(nn.Linear):
+    def forward(self, x):
+        return F.dropout(super().forward(x))
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+def test_a_good_layer_passes():
+    check_layer(nn.Linear(3, 2), torch.randn(5, 3), shape=(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("toy", "said"),
+    [
+        (Dead, "no gradient reaches scale"),
+        (lambda: Dropping(3, 3), "."),
+        (lambda: Halved(3, 3), "float64 in"),
+    ],
+)
+def test_a_toy_layer_is_refused(toy, said):
+    with pytest.raises(AssertionError, match=said):
+        check_layer(toy(), torch.randn(5, 3))
+
+
+def test_a_wrong_shape_is_refused():
+    with pytest.raises(AssertionError, match="has shape"):
+        check_layer(nn.Linear(3, 2), torch.randn(5, 3), shape=(5, 3))
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.own, self.near = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x, edge_index):
+        sent = self.near(x)[edge_index[0]]
+        return self.own(x) + torch.zeros_like(x).index_add(0, edge_index[1], sent)
+
+
+class Positional(Sum):
+    def forward(self, x, edge_index):
+        return super().forward(x, edge_index) + torch.arange(len(x))[:, None] / 10
+
+
+class Global(Sum):
+    def forward(self, x, edge_index):
+        return super().forward(x - x.mean(0), edge_index)
+
+
+class Edgeless(Sum):
+    def forward(self, x, edge_index):
+        return self.own(x) + self.near(x)
+
+
+class LastWins(Sum):
+    """Overwrites where it should add."""
+
+    def forward(self, x, edge_index):
+        out = torch.zeros_like(x)
+        return self.own(x) + out.index_put((edge_index[1],), self.near(x)[edge_index[0]])
+
+
+class MeanOfNothing(Sum):
+    def forward(self, x, edge_index):
+        count = torch.zeros(len(x), dtype=x.dtype).index_add(
+            0, edge_index[1], torch.ones_like(edge_index[1]).to(x)
+        )
+        total = torch.zeros_like(x).index_add(0, edge_index[1], self.near(x)[edge_index[0]])
+        return self.own(x) + total / count[:, None]
+
+
+@pytest.fixture
+def graph():
+    edges = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 4], [4, 0], [0, 2], [1, 4]]).T
+    return torch.randn(5, 3, generator=generator()), torch.cat([edges, edges.flip(0)], 1)
+
+
+def test_a_good_graph_layer_passes(graph):
+    check_graph_network(Sum(), *graph)
+
+
+@pytest.mark.parametrize("toy", [Positional, Global, Edgeless, LastWins, MeanOfNothing])
+def test_a_toy_graph_layer_is_refused(toy, graph):
+    with pytest.raises(AssertionError):
+        check_graph_network(toy(), *graph)
+
+
+# --- estimators ---
+
+
+class Mean(RegressorMixin, BaseEstimator):
+    """Fits in its constructor's spirit: changes a parameter in fit."""
+
+    def __init__(self, shift=0.0):
+        self.shift = shift
+
+    def fit(self, X, y):
+        self.shift = float(np.mean(y))
+        return self
+
+    def predict(self, X):
+        return np.full(len(X), self.shift)
+
+
+def test_a_good_estimator_passes():
+    check_estimator(LinearRegression())
+
+
+def test_a_toy_estimator_is_refused():
+    with pytest.raises(AssertionError, match="check_"):
+        check_estimator(Mean())
+
+
+def test_a_skipped_check_needs_its_reason_and_must_really_fail():
+    with pytest.raises(AssertionError, match="has its reason"):
+        check_estimator(LinearRegression(), expected_failures={"check_fit1d": ""})
+    with pytest.raises(AssertionError, match="expected to fail, but pass"):
+        check_estimator(LinearRegression(), expected_failures={"check_fit1d": "we think so"})
+
+
+# --- metrics ---
+
+
+def squared(x, y):
+    return ((x - y) ** 2).mean()
+
+
+class MeanOfMeans(torchmetrics.Metric):
+    """Averages the batches' means, as if all batches had one size."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, x, y):
+        self.total += squared(x, y)
+        self.count += 1
+
+    def compute(self):
+        return self.total / self.count
+
+
+PAIR = torch.tensor([0.0, 1.0, 2.0, 4.0, 7.0]), torch.tensor([1.0, 1.0, 0.0, 4.0, 3.0])
+KNOWN = [((torch.zeros(3), torch.full((3,), 2.0)), 4.0)]
+
+
+def test_a_good_metric_passes():
+    check_metric(squared, *PAIR, known=KNOWN, streaming=torchmetrics.MeanSquaredError)
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "said"),
+    [
+        (squared, {"streaming": MeanOfMeans}, "in pieces of"),
+        (lambda x, y: squared(x, y) / 2, {}, "known value"),
+        (lambda x, y: squared(x, y) + 0.1 * (x[0] - y[0]) ** 2 * (len(x) > 3), {}, "order of rows"),
+        (lambda x, y: squared(x, y) + 0 * torch.rand(()), {}, "global generator"),
+    ],
+)
+def test_a_toy_metric_is_refused(metric, options, said):
+    with pytest.raises(AssertionError, match=said):
+        check_metric(metric, *PAIR, known=KNOWN, **options)
+
+
+# --- solvers: minimise ||x - a||^2 / 2 over the simplex ---
+
+
+@dataclass
+class Result:
+    x: torch.Tensor
+    value: torch.Tensor
+    n_iter: int
+    converged: bool
+
+
+def project(a):
+    ordered = a.sort(dim=-1, descending=True).values
+    rank = torch.arange(1, a.shape[-1] + 1, dtype=a.dtype)
+    theta = ((ordered.cumsum(-1) - 1) / rank).masked_fill(ordered * rank <= ordered.cumsum(-1) - 1, -math.inf)
+    return (a - theta.max(-1, keepdim=True).values).clamp_min(0)
+
+
+def solve(a):
+    x = project(a)
+    return Result(x, (x - a).square().sum(-1) / 2, 1, True)
+
+
+def softened(a):
+    x = a.softmax(-1)
+    return Result(x, (x - a).square().sum(-1) / 2, 1, True)
+
+
+def pooled(a):
+    x = project(a)
+    return Result(x, (x - a).square().sum() / 2, 1, True)
+
+
+def cut(a):
+    x = project(a)
+    return Result(x, (x.detach() - a.detach()).square().sum(-1) / 2 + 0 * a.sum(-1), 1, True)
+
+
+def residual(result):
+    return float(
+        (result.x.sum(-1) - 1).abs().max()
+        + (result.x - A - (result.x - A)[result.x > 0].mean()).clamp_max(0).abs().max()
+    )
+
+
+A = torch.tensor([0.9, 0.5, -0.3, 0.1], dtype=torch.float64)
+
+
+def test_a_good_solver_passes():
+    check_solver(solve, A, optimality=residual, reference=float(solve(A).value))
+
+
+@pytest.mark.parametrize("toy", [softened, pooled, cut])
+def test_a_toy_solver_is_refused(toy):
+    with pytest.raises(AssertionError):
+        check_solver(toy, A, optimality=residual)
+
+
+# --- generative processes: N(2, 1/4) by a shift and a scale ---
+
+
+class Affine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor([2.0, -1.0]))
+
+
+class Process:
+    def loss(self, net, x, generator=None):
+        return (x - net.mean).square().mean() + 0 * torch.rand((), generator=generator)
+
+    @torch.no_grad()
+    def sample(self, net, n, generator=None):
+        return net.mean + 0.5 * torch.randn(n, 2, generator=generator).to(net.mean)
+
+
+class Narrow(Process):
+    def sample(self, net, n, generator=None):
+        return net.mean + 0.8 * (super().sample(net, n, generator) - net.mean).detach()
+
+
+class Careless(Process):
+    def sample(self, net, n, generator=None):
+        return super().sample(net, n)
+
+
+class Evaluating(Process):
+    def sample(self, net, n, generator=None):
+        net.eval()
+        return super().sample(net, n, generator)
+
+
+def test_a_good_process_passes():
+    target = 2 + 0.5 * torch.randn(100, 2, generator=generator())
+    check_generative(
+        Process(), Affine(), target, mean=torch.tensor([2.0, -1.0]), std=torch.tensor([0.5, 0.5])
+    )
+
+
+@pytest.mark.parametrize("toy", [Narrow, Careless, Evaluating])
+def test_a_toy_process_is_refused(toy):
+    target = 2 + 0.5 * torch.randn(100, 2, generator=generator())
+    with pytest.raises(AssertionError):
+        check_generative(
+            toy(), Affine(), target, mean=torch.tensor([2.0, -1.0]), std=torch.tensor([0.5, 0.5]), atol=0.05
+        )

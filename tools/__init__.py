@@ -1,0 +1,1 @@
+"""Programs of the repository: evidence, benchmarks, docstring checks."""

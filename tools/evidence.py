@@ -1,0 +1,77 @@
+"""Write evidence/<slug>.json: each claim at its defaults, seeds 0 to 4, by the code as it is."""
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from posterity.engine.run import execute, judge, plan_claims
+from posterity.engine.store import Store
+from posterity.papers import get, papers
+
+ROOT = Path(__file__).parent.parent
+DIGITS = 6
+
+
+def rounded(value):
+    """Return JSON values with numbers in six digits, so that files are small and stable."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def main() -> None:
+    chosen = [get(slug) for slug in sys.argv[1:]] or [p for p in papers().values() if p.implemented]
+    store = Store()
+    for paper in chosen:
+        plans, _ = plan_claims(paper)
+        outcomes = {}
+        for job, outcome, _ in execute([job for plan in plans for job in plan.jobs], store):
+            outcomes[job.key] = outcome
+        claims = []
+        for plan in plans:
+            pairs = [(job, outcomes[job.key]) for job in plan.jobs]
+            row = judge(paper.slug, plan.outline, pairs)
+            good = [outcome for _, outcome in pairs if not outcome.error]
+            names = dict.fromkeys(name for outcome in good for name in outcome.records)
+            row["records"] = {
+                name: sum(values) / len(values)
+                for name in names
+                if (values := [outcome.records[name] for outcome in good if name in outcome.records])
+            }
+            row["curves"] = good[0].curves if good else {}
+            claims.append(row)
+            print(f"{paper.slug} {row['claim']}: {row['verdict']}, {row['seconds']:.0f} s")
+        libraries = {name: version(name) for name in ("torch", "numpy", "scikit-learn", "scipy")}
+        facts = {"paper": paper.slug, "python": platform.python_version(), "libraries": libraries, "claims": claims}
+        path = ROOT / "evidence" / f"{paper.slug}.json"
+        path.write_text(json.dumps(rounded(facts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    readme()
+
+
+def readme() -> None:
+    """Write the README's table of verdicts from the evidence."""
+    path = ROOT / "README.md"
+    head, mark, rest = path.read_text(encoding="utf-8").partition("<!-- verdicts -->\n")
+    _, end, tail = rest.partition("<!-- end of verdicts -->")
+    path.write_text(head + mark + table() + end + tail, encoding="utf-8")
+
+
+def table() -> str:
+    """Return the Markdown table of the evidence."""
+    rows = ["| paper | claim | effect or value (95 % interval) | verdict |", "|---|---|---|---|"]
+    for path in sorted((ROOT / "evidence").glob("*.json")):
+        for row in json.loads(path.read_text(encoding="utf-8"))["claims"]:
+            facts = row.get("effect") or row["value"]
+            low, high = facts["ci95"]
+            interval = "" if low is None else f" ({low:.3g} to {high:.3g})"
+            mean = "-" if facts["mean"] is None else f"{facts['mean']:.3g}"
+            rows.append(f"| `{row['paper']}` | {row['says']} | {mean}{interval} | {row['verdict']} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    main()
