@@ -334,12 +334,16 @@ def compare(
     spec = data or question.data
     options = question.options(target)
     note = check(question.kind, spec, **options)
-    if isinstance(path := resolve(question.kind, spec), Path):
-        spec = str(path.resolve())
+    found = resolve(question.kind, spec)
+    source = ""  # the module whose import registers a generated set
+    if isinstance(found, Path):
+        spec = str(found.resolve())
+    elif callable(found):
+        source = found.__module__
     jobs = []
     for name, home in homes.items():
-        params = {"task": task, "entry": name, "home": home, "data": spec, "target": target}
-        code = fingerprint(home) + fingerprint("posterity.lab.tasks")
+        params = {"task": task, "entry": name, "home": home, "source": source, "data": spec, "target": target}
+        code = "".join(fingerprint(module) for module in (home, "posterity.lab.tasks", source) if module)
         jobs += [
             Job("", f"compare {task}", "posterity.lab.tasks:score_entry", params, seed, code, device, A_WEEK)
             for seed in range(first_seed, first_seed + seeds)

@@ -23,7 +23,7 @@ from posterity._checks import needs
 from posterity.lab.nets import cnn, mlp, weights
 from posterity.lab.tables import table_encoder
 from posterity.lab.tasks import HISTORY, HORIZON, entry
-from posterity.lab.training import fit
+from posterity.lab.training import fit, fit_nodes
 
 __all__: list[str] = []
 
@@ -97,35 +97,6 @@ def image_cnn(train: Any, seed: int) -> Predict:
     return lambda x: torch.no_grad()(net)(torch.from_numpy(x)).numpy()
 
 
-def train_nodes(net: nn.Module, train: Any, seed: int, *, epochs: int = 200, lr: float = 1e-2) -> float:
-    """Train a node classifier on full batches and return its best validation accuracy.
-
-    Parameters
-    ----------
-    net : nn.Module
-        ``net(x, edge_index) -> scores``; left with its best validation weights.
-    train : tuple
-        The graph, its training mask, its validation mask.
-    seed, epochs : int
-    lr : float
-
-    Returns
-    -------
-    float
-    """
-    graph, rows, val = train
-    inputs = (graph.x[None], graph.edge_index[None], graph.y[None])
-
-    def loss(net: nn.Module, x: torch.Tensor, edges: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(net(x[0], edges[0])[rows], y[0][rows])
-
-    def validate(net: nn.Module) -> float:
-        return -float((net(graph.x, graph.edge_index).argmax(1)[val] == graph.y[val]).float().mean())
-
-    history = fit(net, loss, inputs, epochs=epochs, lr=lr, weight_decay=5e-4, seed=seed, validate=validate)
-    return -min(history.validation)
-
-
 class GraphNet(nn.Module):
     """Graph convolutions with residual connections and layer normalisation.
 
@@ -163,7 +134,7 @@ def _graph_entry(name: str, layer: str) -> None:
         best: tuple[float, Any] = (-1.0, None)
         for depth in (1, 2, 4):
             net = weights(GraphNet, conv, graph.x.shape[1], int(graph.y.max()) + 1, depth=depth, seed=seed)
-            best = max(best, (train_nodes(net, train, seed), net), key=lambda pair: pair[0])
+            best = max(best, (fit_nodes(net, train, seed), net), key=lambda pair: pair[0])
         return lambda graph: torch.no_grad()(best[1])(graph.x, graph.edge_index)
 
 
@@ -185,7 +156,7 @@ def nodes_mlp(train: Any, seed: int) -> Predict:
             return self.net(x)
 
     net = Alone()
-    train_nodes(net, train, seed)
+    fit_nodes(net, train, seed)
     return lambda graph: torch.no_grad()(net)(graph.x, graph.edge_index)
 
 

@@ -208,7 +208,7 @@ def entries(task: str) -> dict[str, Entry]:
 
 
 def score_entry(
-    trial: Trial, task: str, entry: str, home: str, data: str, target: str | None = None
+    trial: Trial, task: str, entry: str, home: str, source: str, data: str, target: str | None = None
 ) -> float:
     """Fit one entry on one seed's training part and return its score on the test part.
 
@@ -217,8 +217,8 @@ def score_entry(
     trial : Trial
     task, entry : str
         Names.
-    home : str
-        The module that registers the entry.
+    home, source : str
+        The modules that register the entry and, where it is generated, the data.
     data : str
     target : str, optional
 
@@ -226,5 +226,6 @@ def score_entry(
     -------
     float
     """
-    import_module(home)
+    for module in filter(None, (home, source)):
+        import_module(module)
     return TASKS[task].score(entries(task)[entry].fit, trial.seed, data, target)

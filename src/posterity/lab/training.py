@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from posterity._checks import needs, one_of
 from posterity.lab.nets import seeded
 
-__all__ = ["History", "fit"]
+__all__ = ["History", "fit", "fit_nodes"]
 
 
 @dataclass
@@ -196,3 +197,38 @@ def fit(
         net.load_state_dict(best)
     net.eval()
     return history
+
+
+def fit_nodes(
+    net: nn.Module, train: Any, seed: int, *, epochs: int = 200, lr: float = 1e-2, weight_decay: float = 5e-4,
+    optimizer: str = "adam", device: str = "cpu",
+) -> float:  # fmt: skip
+    """Train a node classifier on full batches and return its best validation accuracy.
+
+    Parameters
+    ----------
+    net : nn.Module
+        ``net(x, edge_index) -> scores``; left with its best validation weights.
+    train : tuple
+        The graph, its training mask, its validation mask.
+    seed, epochs : int
+    lr, weight_decay : float
+    optimizer, device : str
+        As for `fit`.
+
+    Returns
+    -------
+    float
+    """
+    graph, rows, val = train
+    inputs = (graph.x[None], graph.edge_index[None], graph.y[None])
+
+    def loss(net: nn.Module, x: Tensor, edges: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(net(x[0], edges[0])[rows], y[0][rows])
+
+    def validate(net: nn.Module) -> float:
+        return -float((net(graph.x, graph.edge_index).argmax(1)[val] == graph.y[val]).float().mean())
+
+    history = fit(net, loss, inputs, epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer,
+                  seed=seed, device=device, validate=validate)  # fmt: skip
+    return -min(history.validation)
