@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import posterity
 from posterity.engine.discovery import claim_outlines
+from posterity.engine.statistics import describe_range
 from posterity.papers import DOMAINS, papers
 
 project = "Posterity"
@@ -19,7 +20,11 @@ source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 exclude_patterns = ["_build"]
 html_theme = "pydata_sphinx_theme"
-html_theme_options = {"show_prev_next": False, "navigation_with_keys": True, "secondary_sidebar_items": ["page-toc"]}
+html_theme_options = {
+    "show_prev_next": False,
+    "navigation_with_keys": True,
+    "secondary_sidebar_items": ["page-toc"],
+}
 html_title = "Posterity"
 autodoc_typehints = "none"
 numpydoc_show_class_members = False
@@ -59,16 +64,30 @@ def paper_page(paper):
         if row is None:
             out += ["Not measured yet.", ""]
         else:
-            out += [f"**{row['verdict']}** on {len(row['seeds'])} seeds, {row['metric']}, data {row['data']}.", ""]
+            out += [
+                f"**{row['verdict']}** on {len(row['seeds'])} seeds, {row['metric']}, data {row['data']}.",
+                "",
+            ]
             out += ["| | mean (95 % interval) |", "|---|---|"]
             out += [f"| {arm} | {interval(facts)} |" for arm, facts in row.get("arms", {}).items()]
             if "effect" in row:
                 out.append(f"| paired difference | {interval(row['effect'])} |")
             if "value" in row:
                 out.append(f"| value | {interval(row['value'])} |")
-                out.append(f"| {'limit' if 'limit' in row else 'range'} | {row.get('limit', row.get('range'))} |")
+                out.append(
+                    f"| limit | {row['limit']:g} |"
+                    if "limit" in row
+                    else f"| range | {describe_range(row['range'])} |"
+                )
             out += ["", *(f"- {name}: {number(value)}" for name, value in row.get("records", {}).items()), ""]
-        out += [outline.doc.replace("``", "`"), "", "```", f"posterity run {paper.slug} --claim {outline.name}", "```", ""]
+        out += [
+            outline.doc.replace("``", "`"),
+            "",
+            "```",
+            f"posterity run {paper.slug} --claim {outline.name}",
+            "```",
+            "",
+        ]
     if paper.departures:
         out += ["## Departures from the paper, and slips of official code not copied", ""]
         out += [f"{number}. {text}" for number, text in enumerate(paper.departures, start=1)]
@@ -90,7 +109,12 @@ def domain_page(domain, here):
             kind = "autoclass" if isinstance(thing, type) else "autofunction"
             if not callable(thing) or not (isinstance(thing, type) or hasattr(thing, "__code__")):
                 kind = "autodata"
-            members = "\n:members:\n:show-inheritance:" if kind == "autoclass" else ""
+            # what scikit-learn adds to every estimator is documented there
+            members = (
+                "\n:exclude-members: set_fit_request, set_score_request, set_predict_request, set_decision_function_request, set_transform_request\n:members:\n:show-inheritance:"
+                if kind == "autoclass"
+                else ""
+            )
             out += ["```{eval-rst}", f".. py:currentmodule:: posterity.{domain}",
                     f".. {kind}:: posterity.{domain}.{name}" + members.replace("\n", "\n   "), "```", ""]  # fmt: skip
     return "\n".join(out)
@@ -108,7 +132,9 @@ def write_pages():
         name = f"[{paper.slug}]({paper.slug}.md)" if paper.implemented else paper.slug
         path = EVIDENCE / f"{paper.slug}.json"
         found = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.is_file() else []
-        rows.append(f"| {name} | {paper.domain} | {paper.summary} | {', '.join(r['verdict'] for r in found)} |")
+        rows.append(
+            f"| {name} | {paper.domain} | {paper.summary} | {', '.join(r['verdict'] for r in found)} |"
+        )
     rows += ["", "```{toctree}", ":hidden:", "", *(paper.slug for paper in implemented), "```", ""]
     (HERE / "papers" / "index.md").write_text("\n".join(rows), encoding="utf-8")
     domains = [d for d in DOMAINS if any(p.domain == d for p in implemented)]

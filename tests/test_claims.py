@@ -74,7 +74,9 @@ def test_a_comparison_needs_two_arms(arms):
 def test_a_trend_has_its_range_the_right_way_round():
     with pytest.raises(ValueError, match="low must be at most high"):
         declare(trend, low=1, high=0)
-    assert declare(trend, low=0, high=1)(lambda trial: 0).range == (0.0, 1.0)
+    with pytest.raises(ValueError, match="low or high must be given"):
+        declare(trend)
+    assert declare(trend, low=0, high=1)(lambda trial: 0).range == (0, 1)
 
 
 def test_a_trial_keeps_curves_and_records():

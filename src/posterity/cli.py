@@ -400,6 +400,8 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     """Print each claim: statement, arms or value, paired difference, verdict."""
     from rich.table import Table
 
+    from posterity.engine.statistics import describe_range
+
     console = _console()
     for row in rows:
         console.print()
@@ -413,7 +415,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         if "value" in row:
             table.add_row("value", _interval(row["value"]))
             table.add_row("limit" if "limit" in row else "range", _number(row.get("limit")) if "limit" in row
-                          else f"{row['range'][0]:g} to {row['range'][1]:g}")  # fmt: skip
+                          else describe_range(row["range"]))  # fmt: skip
         if "effect" in row:
             arms = list(row["arms"])
             table.add_row(f"{arms[-1]} less {arms[0]}", _interval(row["effect"]))

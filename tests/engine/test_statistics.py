@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from posterity.engine.statistics import judge_bound, judge_comparison, judge_trend, summary
+from posterity.engine.statistics import describe_range, judge_bound, judge_comparison, judge_trend, summary
 
 values = st.lists(st.floats(-100, 100), min_size=2, max_size=8)
 
@@ -55,6 +55,10 @@ def test_a_trend_holds_inside_fails_outside_and_else_is_inconclusive():
     assert judge_trend([0.4, 0.5, 0.6], 0.0, 1.0) == "holds"
     assert judge_trend([2.0, 2.1, 2.2], 0.0, 1.0) == "fails"
     assert judge_trend([0.8, 1.0, 1.2], 0.0, 1.0) == "inconclusive"
+    assert judge_trend([-0.9, -1.0, -1.0], None, -0.8) == "holds"
+    assert judge_trend([-0.9, -1.0, -1.0], -0.8, None) == "fails"
+    assert describe_range([None, -0.8]) == "at most -0.8"
+    assert describe_range([0, 1]) == "between 0 and 1"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -39,12 +39,29 @@ ROWS = "\n".join(f"{k},{k * 1.5},{'ab'[k % 2]},{k * 2}" for k in range(30))
         ("x;z;town;price\n" + ROWS.replace(",", ";"), "price", 2, 1, "separator ';'"),
         ("x;z;town;price\n" + ROWS.replace(",", ";").replace(".", ","), "price", 2, 1, "separator ';'"),
         ("x\tz\ttown\tprice\n" + ROWS.replace(",", "\t"), "price", 2, 1, "separator '\\t'"),
-        (",x,town,price\n" + "\n".join(f"{k},{k / 3},u,{k * 2}" for k in range(30)), "price", 1, 1, "index column"),
+        (
+            ",x,town,price\n" + "\n".join(f"{k},{k / 3},u,{k * 2}" for k in range(30)),
+            "price",
+            1,
+            1,
+            "index column",
+        ),
         ("x,z,town,price\n?,1,a,3\nNA,2,b,4\n5,,a,\n6,7,,9\n", "price", 2, 1, "rows without a target"),
         ("\ufeffx,z,town,price\r\n" + ROWS.replace("\n", "\r\n"), "price", 2, 1, "30 rows"),
         ('"x, really","z","town","price"\n' + ROWS, "price", 2, 1, "30 rows"),
     ],
-    ids=["header", "number", "last", "semicolons", "decimal commas", "tabs", "index", "missing", "windows", "quotes"],
+    ids=[
+        "header",
+        "number",
+        "last",
+        "semicolons",
+        "decimal commas",
+        "tabs",
+        "index",
+        "missing",
+        "windows",
+        "quotes",
+    ],
 )
 def test_a_table_is_read_as_its_owner_expects(tmp_path, text, target, numeric, categorical, said):
     table = load_table(write(tmp_path / "t.csv", text), target=target, task="regression")
@@ -57,7 +74,9 @@ def test_a_table_is_read_as_its_owner_expects(tmp_path, text, target, numeric, c
 
 
 def test_values_survive_reading(tmp_path):
-    table = load_table(write(tmp_path / "t.csv", "x;price\n1,5;2,25\n3;4\n"), target="price", task="regression")
+    table = load_table(
+        write(tmp_path / "t.csv", "x;price\n1,5;2,25\n3;4\n"), target="price", task="regression"
+    )
     assert table.X["x"].tolist() == [1.5, 3.0]
     assert table.y.tolist() == [2.25, 4.0]
 
@@ -150,7 +169,10 @@ def test_points_come_from_generators_arrays_and_tables(tmp_path):
     np.save(tmp_path / "p.npy", np.ones((5, 2, 2)))
     assert load_points(str(tmp_path / "p.npy")).shape == (5, 4)
     assert load_points(write(tmp_path / "p.csv", "a,b\n1,2\n3,4\n")).tolist() == [[1, 2], [3, 4]]
-    for text, message in (("a,b\n1,u\n2,v\n", "column 'b' is not"), ("a,b\n1,2\n,4\n", "row 2 has a missing")):
+    for text, message in (
+        ("a,b\n1,u\n2,v\n", "column 'b' is not"),
+        ("a,b\n1,2\n,4\n", "row 2 has a missing"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_points(write(tmp_path / "bad.csv", text))
 

@@ -53,7 +53,13 @@ def test_steps_count_exactly_and_the_cosine_ends_at_zero(data):
 
 def test_a_resumed_run_is_the_run_that_never_stopped(data, tmp_path):
     whole, parts = (mlp(3, 1, width=8, dropout=0.2, seed=0) for _ in range(2))
-    options = {"epochs": 12, "lr": 1e-2, "batch_size": 16, "schedule": "cosine", "validate": lambda net: squared(net, *data)}
+    options = {
+        "epochs": 12,
+        "lr": 1e-2,
+        "batch_size": 16,
+        "schedule": "cosine",
+        "validate": lambda net: squared(net, *data),
+    }
     expected = fit(whole, squared, data, **options)
 
     class Stop(Exception):

@@ -27,7 +27,11 @@ def trials(n=5):
                 if outline.form == "comparison":
                     value = {arm: 0.1 * k + 0.01 * seed for k, arm in enumerate(outline.facts["arms"])}
                 job = Job(paper.slug, outline.name, "m:n", dict(outline.defaults), seed, "code")
-                track = {"loss: a <b>": [[1, 2.0], [10, 0.5], [1000, 0.1]], "loss: b": [[1, 1.0]], "alone": [[0, 1.0], [1, 2.0]]}
+                track = {
+                    "loss: a <b>": [[1, 2.0], [10, 0.5], [1000, 0.1]],
+                    "loss: b": [[1, 1.0]],
+                    "alone": [[0, 1.0], [1, 2.0]],
+                }
                 group.append((job, Outcome(value, track, {"accuracy": 0.9}, 1.5)))
             if not groups:
                 group[0] = (group[0][0], Outcome(error="ValueError: <script>alert(1)</script>"))
@@ -61,10 +65,21 @@ def test_figures_are_well_formed_and_say_what_they_show():
     words = "".join(tree.itertext())
     assert "mean -0.75" in words
     assert "paper at -1" in words
-    for form in ({"form": "bound", "limit": 1.0}, {"form": "trend", "range": [0.0, 2.0]}):
-        one = {"claim": "c", "value": {"mean": 1.0, "ci95": [None, None], "values": [1.0]}, "seeds": [0], **form}
+    for form in (
+        {"form": "bound", "limit": 1.0},
+        {"form": "trend", "range": [0.0, 2.0]},
+        {"form": "trend", "range": [None, 2.0]},
+    ):
+        one = {
+            "claim": "c",
+            "value": {"mean": 1.0, "ci95": [None, None], "values": [1.0]},
+            "seeds": [0],
+            **form,
+        }
         ElementTree.fromstring(dots(one))
-    drawn = ElementTree.fromstring(curves("loss", {"a": [[[1, 1.0], [100, 0.01]]], "b": [[[1, 2.0], [100, float("nan")]]]}))
+    drawn = ElementTree.fromstring(
+        curves("loss", {"a": [[[1, 1.0], [100, 0.01]]], "b": [[[1, 2.0], [100, float("nan")]]]})
+    )
     assert "a from 1 at 1 to 0.01 at 100" in "".join(drawn.itertext())
     assert curves("nothing", {"a": [[]]}) == ""
 
@@ -77,9 +92,16 @@ def test_a_reader_clicks_and_types_through_it_without_an_error(report, scheme):
     with playwright.sync_playwright() as session:
         browser = session.chromium.launch(
             executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-background-networking",
+                "--disable-component-update",
+            ],
         )
-        context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme, offline=True)
+        context = browser.new_context(
+            viewport={"width": 390, "height": 800}, color_scheme=scheme, offline=True
+        )
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -95,8 +117,14 @@ def test_a_reader_clicks_and_types_through_it_without_an_error(report, scheme):
         assert rows.count() == 1
         page.get_by_label("Verdict").select_option("")
         assert rows.count() == total
-        colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
-        assert colours == (["rgb(28, 30, 33)", "rgb(255, 255, 255)"] if scheme == "light" else ["rgb(230, 232, 235)", "rgb(20, 22, 26)"])
+        colours = page.evaluate(
+            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+        )
+        assert colours == (
+            ["rgb(28, 30, 33)", "rgb(255, 255, 255)"]
+            if scheme == "light"
+            else ["rgb(230, 232, 235)", "rgb(20, 22, 26)"]
+        )
 
         page.reload()
         page.keyboard.press("Tab")
@@ -108,7 +136,9 @@ def test_a_reader_clicks_and_types_through_it_without_an_error(report, scheme):
         page.wait_for_url(lambda url: not url.endswith("index.html"))
         assert page.locator("h1").count() == 1
         assert page.locator("svg[role=img] title").count() >= 1
-        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "no sideways scrolling"
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
+            "no sideways scrolling"
+        )
         page.locator("summary").first.click()
         assert page.locator("details[open]").count() == 1
         page.get_by_role("link", name="All results").click()

@@ -259,6 +259,6 @@ def test_refuses_bad_input_by_name(as_a_user, call, message):
 def test_the_metric_without_torchmetrics_says_what_to_install(monkeypatch):
     import posterity.uncertainty.esd as module
 
-    monkeypatch.setattr(module, "dim_zero_cat", None)
+    monkeypatch.setattr(module, "torchmetrics", None)
     with pytest.raises(ModuleNotFoundError, match=r"posterity\[uncertainty\]"):
         ESDMetric()

@@ -74,7 +74,7 @@ class Claim:
     limit : float
         For a bound.
     range : tuple of float
-        For a trend: lowest and highest value that agree with the paper.
+        For a trend: lowest and highest value that agree with the paper; None is no end.
     time_limit : float
         Seconds after which a trial at the defaults is given up.
     smallest : dict
@@ -91,7 +91,7 @@ class Claim:
     better: Better
     arms: tuple[str, ...] = ()
     limit: float | None = None
-    range: tuple[float, float] | None = None
+    range: tuple[float | None, float | None] | None = None
     where: str = ""
     time_limit: float = 600.0
     smallest: dict[str, Any] = field(default_factory=dict)
@@ -177,16 +177,16 @@ def bound(
 
 
 def trend(
-    *, paper: str, says: str, metric: str, low: float, high: float, **facts: Any
+    *, paper: str, says: str, metric: str, low: float | None = None, high: float | None = None, **facts: Any
 ) -> Callable[[Callable[..., float]], Claim]:
-    """Say that a fitted exponent or correlation lies between ``low`` and ``high``.
+    """Say that a fitted exponent, ratio or correlation lies between ``low`` and ``high``.
 
     Parameters
     ----------
     paper, says, metric : str
         See `Claim`.
     low, high : float
-        The values that agree with the paper, ends included.
+        The values that agree with the paper, ends included; None, for one of them, is no end.
     **facts
         ``where``, ``time_limit``, ``smallest``, ``figure`` of `Claim`.
 
@@ -195,8 +195,8 @@ def trend(
     callable
         Makes a `Claim` of a function ``(trial, **parameters) -> value``.
     """
-    if low > high:
+    if low is None and high is None:
+        raise ValueError("low or high must be given, got neither")
+    if low is not None and high is not None and low > high:
         raise ValueError(f"low must be at most high, got {low} and {high}")
-    return lambda run: Claim(
-        run, paper, says, "trend", metric, "higher", range=(float(low), float(high)), **facts
-    )
+    return lambda run: Claim(run, paper, says, "trend", metric, "higher", range=(low, high), **facts)

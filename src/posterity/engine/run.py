@@ -236,7 +236,7 @@ def judge(paper: str, outline: Outline, pairs: Iterable[tuple[Job, Outcome]]) ->
             row["limit"] = facts["limit"]
             verdict = statistics.judge_bound(values, facts["limit"], row["better"]) if values else "error"
         else:
-            row["range"] = [facts["low"], facts["high"]]
+            row["range"] = [facts.get("low"), facts.get("high")]
             verdict = statistics.judge_trend(values, *row["range"]) if values else "error"
     row["verdict"] = "error" if bad else verdict
     row["seeds"] = [job.seed for job, _ in good]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-__all__ = ["Verdict", "judge_bound", "judge_comparison", "judge_trend", "summary"]
+__all__ = ["Verdict", "describe_range", "judge_bound", "judge_comparison", "judge_trend", "summary"]
 
 Verdict = Literal["holds", "fails", "inconclusive", "error"]
 
@@ -56,8 +56,12 @@ def judge_bound(values: Sequence[float], limit: float, better: str) -> Verdict:
     return "fails" if passed.any() else "holds"
 
 
-def judge_trend(values: Sequence[float], low: float, high: float) -> Verdict:
-    """Return where the interval of the mean lies: within the range, outside, or across an end."""
+def judge_trend(values: Sequence[float], low: float | None, high: float | None) -> Verdict:
+    """Return where the interval of the mean lies: within the range, outside, or across an end.
+
+    None is no end.
+    """
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
     if not np.isfinite(values).all():
         return "error"
     start, end = summary(values)["ci95"]
@@ -66,3 +70,11 @@ def judge_trend(values: Sequence[float], low: float, high: float) -> Verdict:
     if low <= start and end <= high:
         return "holds"
     return "fails" if end < low or start > high else "inconclusive"
+
+
+def describe_range(ends: Sequence[float | None]) -> str:
+    """Return the range of a trend in words; one of its ends may be open."""
+    low, high = ends
+    if low is None or high is None:
+        return f"at most {high:g}" if low is None else f"at least {low:g}"
+    return f"between {low:g} and {high:g}"

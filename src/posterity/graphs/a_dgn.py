@@ -84,6 +84,8 @@ class AntiSymmetricConv(nn.Module):
     tensor([[ 1.0000, -0.5000]])
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         channels: int,
@@ -136,35 +138,40 @@ class AntiSymmetricConv(nn.Module):
         edge_weight: Float[Tensor, " edges"] | None = None,
     ) -> Float[Tensor, "nodes channels"]:
         """Return the state after ``num_iters`` steps."""
-        for field in self._fields(x, edge_index, edge_weight):
-            x = torch.add(x, _activation(self.act)(field(x)), alpha=self.epsilon)
+        _check_graph(x, edge_index, edge_weight, self.channels)
+        return self._steps(x, edge_index, edge_weight, self._aggregate(x, edge_index, edge_weight))
+
+    def _steps(
+        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, aggregation: "_Aggregation | None"
+    ) -> Tensor:
+        field, act = self._field(x, edge_index, edge_weight, aggregation), _activation(self.act)
+        for _ in range(self.num_iters):
+            x = torch.add(x, act(field(x)), alpha=self.epsilon)
         return x
 
-    def _fields(
-        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None
-    ) -> list[Callable[[Tensor], Tensor]]:
-        """Return ``num_iters`` times what maps a state to what ``act`` is applied to."""
-        _check_graph(x, edge_index, edge_weight, self.channels)
+    def _aggregate(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> "_Aggregation | None":
+        if isinstance(self.phi, nn.Module) or self._aggregation is not None:
+            return self._aggregation
+        aggregation = _aggregation(x, edge_index, edge_weight, normalise=self.phi == "gcn")
+        if self.cached:
+            self._aggregation = aggregation = aggregation._replace(weight=aggregation.weight.detach())
+        return aggregation
+
+    def _field(
+        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, aggregation: "_Aggregation | None"
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what maps a state to what ``act`` is applied to; the weights are put together once."""
         own = (self.W - self.W.T - self.gamma * torch.eye(len(self.W), dtype=x.dtype, device=x.device)).T
-        if isinstance(self.phi, nn.Module):
-            given = (edge_index,) if edge_weight is None else (edge_index, edge_weight)
+        given = (edge_index,) if edge_weight is None else (edge_index, edge_weight)
 
-            def field(x: Tensor) -> Tensor:
-                near = has_shape("phi(x, edge_index)", self.phi(x, *given), x.shape, "x")  # type: ignore[operator]
-                z = x @ own + near
-                return z if self.bias is None else z + self.bias
-        else:
-            aggregation = self._aggregation
-            if aggregation is None:
-                aggregation = _aggregation(x, edge_index, edge_weight, normalise=self.phi == "gcn")
-                if self.cached:
-                    self._aggregation = aggregation = aggregation._replace(weight=aggregation.weight.detach())
-
-            def field(x: Tensor) -> Tensor:
-                z = x @ own if self.bias is None else torch.addmm(self.bias, x, own)
+        def field(x: Tensor) -> Tensor:
+            z = x @ own if self.bias is None else torch.addmm(self.bias, x, own)
+            if aggregation is not None:
                 return torch.addmm(z, _SparseProduct.apply(x, aggregation.weight, aggregation), self.V.T)
+            near = self.phi(x, *given)  # type: ignore[operator]
+            return z + has_shape("phi(x, edge_index)", near, x.shape, "x")
 
-        return [field] * self.num_iters
+        return field
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows of the layer."""
@@ -282,9 +289,26 @@ class ADGN(nn.Module):
         if batch is not None:
             has_shape("batch", batch, (len(x),), "x")
         x = self.encoder(x)
-        for conv in self.convs:
-            x = conv(x, edge_index) if edge_weight is None else conv(x, edge_index, edge_weight)
-        return self.readout(x if self.level == "node" else _pool(x, batch))
+        aggregation = None
+        for conv in self.convs:  # all layers aggregate alike
+            if aggregation is None:
+                aggregation = conv._aggregate(x, edge_index, edge_weight)
+            x = conv._steps(x, edge_index, edge_weight, aggregation)
+        return self.readout(x if self.level == "node" else self.pool(x, batch))
+
+    @staticmethod
+    def pool(
+        x: Float[Tensor, "nodes width"], batch: Int[Tensor, " nodes"] | None
+    ) -> Float[Tensor, "graphs wide"]:
+        """Return sum, maximum and mean over the nodes of each graph, side by side."""
+        if batch is None:
+            batch = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        size = int(batch.max()) + 1 if len(batch) else 1
+        total = x.new_zeros(size, x.shape[1]).index_add(0, batch, x)
+        count = torch.bincount(batch, minlength=size).clamp_min(1)[:, None]
+        rows = batch[:, None].expand_as(x)
+        top = x.new_zeros(size, x.shape[1]).scatter_reduce(0, rows, x, "amax", include_self=False)
+        return torch.cat([total, top, total / count], 1)
 
 
 def local_jacobian_eigenvalues(
@@ -326,7 +350,8 @@ def local_jacobian_eigenvalues(
     """
     one_of("act of the layer", conv.act, ("tanh", "relu", None))
     with torch.no_grad():
-        z = conv._fields(x, edge_index, edge_weight)[0](x)
+        _check_graph(x, edge_index, edge_weight, conv.channels)
+        z = conv._field(x, edge_index, edge_weight, conv._aggregate(x, edge_index, edge_weight))(x)
         if conv.act == "tanh":
             slope = 1 - z.tanh().square()
         else:
@@ -437,18 +462,6 @@ class _SparseProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_weight = (gradient[graph.receiver] * x[graph.sender]).sum(1)
         return to_x, to_weight, None
-
-
-def _pool(x: Tensor, batch: Tensor | None) -> Tensor:
-    """Return sum, maximum and mean over the nodes of each graph, side by side."""
-    if batch is None:
-        batch = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    size = int(batch.max()) + 1 if len(batch) else 1
-    total = x.new_zeros(size, x.shape[1]).index_add(0, batch, x)
-    count = torch.bincount(batch, minlength=size).clamp_min(1)[:, None]
-    rows = batch[:, None].expand_as(x)
-    top = x.new_zeros(size, x.shape[1]).scatter_reduce(0, rows, x, "amax", include_self=False)
-    return torch.cat([total, top, total / count], 1)
 
 
 def _activation(act: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:

@@ -58,7 +58,7 @@ def dots(row: Mapping[str, Any], figure: float | None = None) -> str:
         marks = (
             {"limit": row["limit"]}
             if row["form"] == "bound"
-            else dict(zip(("lowest", "highest"), row["range"], strict=True))
+            else {n: x for n, x in zip(("lowest", "highest"), row["range"], strict=True) if x is not None}
         )
     if figure is not None:
         marks["paper"] = figure

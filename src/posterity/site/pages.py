@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from posterity.engine.discovery import claim_outlines
 from posterity.engine.run import judge
+from posterity.engine.statistics import describe_range
 from posterity.engine.store import Job, Outcome
 from posterity.papers import papers
 from posterity.site import figures
@@ -97,7 +98,7 @@ def _claim(slug: str, group: Group) -> dict[str, Any]:
         side = "below" if row["better"] == "lower" else "above"
         caption = f"{row['metric']}; the claim holds when every seed stays {side} the limit {row['limit']:g}."
     else:
-        caption = f"{row['metric']}; the claim holds when the interval lies between {row['range'][0]:g} and {row['range'][1]:g}."
+        caption = f"{row['metric']}; the claim holds when the interval lies {describe_range(row['range'])}."
     good = [outcome for _, outcome in sorted(group, key=lambda pair: pair[0].seed) if not outcome.error]
     names = list(dict.fromkeys(name for outcome in good for name in outcome.curves))
     # curves named after arms share a chart, as do those named "chart: line"

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from posterity._checks import at_least, floating, has_shape, integer
 
 try:
-    from torchmetrics import Metric
-    from torchmetrics.utilities import dim_zero_cat
+    import torchmetrics
 except ModuleNotFoundError:  # the losses need no torchmetrics; ESDMetric says how to install it
-    Metric = nn.Module
-    dim_zero_cat = None
+    torchmetrics = None
+Metric: Any = torchmetrics.Metric if torchmetrics else nn.Module
 
 __all__ = ["ESDLoss", "ESDMetric", "MMCELoss", "SBECELoss", "expected_squared_difference", "interleave"]
 
@@ -173,7 +172,7 @@ class ESDMetric(Metric):
     higher_is_better = False
 
     def __init__(self, *, root: bool = True, **kwargs: Any) -> None:
-        if dim_zero_cat is None:
+        if torchmetrics is None:
             raise ModuleNotFoundError(
                 'torchmetrics is needed for ESDMetric: pip install "posterity[uncertainty]"'
             )
@@ -191,8 +190,12 @@ class ESDMetric(Metric):
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the value of all batches together."""
-        confidence, correct = dim_zero_cat(self.confidence), dim_zero_cat(self.correct)
-        value = expected_squared_difference(confidence, correct)
+        pooled = []
+        for state in (self.confidence, self.correct):  # tensors once they were reduced over processes
+            pooled.append(
+                torch.cat(list(state)) if isinstance(state, list) and state else torch.as_tensor(state)
+            )
+        value = expected_squared_difference(*pooled)
         return _root(value, torch.finfo(value.dtype).eps) if self.root else value
 
 

@@ -114,7 +114,6 @@ def terminates(
     paper="minibatch-kmeans",
     says="Where it stops, the mean cost is at most 5 % above what full-batch k-means reaches from the same start.",
     metric="cost over the cost of Lloyd's algorithm",
-    low=0.0,
     high=1.05,
     smallest={"n_rows": 300},
 )
@@ -138,6 +137,7 @@ def quality(
     ).fit(points)
     full = KMeans(n_clusters, init=start, n_init=1, max_iter=1000, tol=0).fit(points)
     trial.record("mini-batch cost", early.inertia_ / len(points))
-    trial.record("full-batch cost", full.inertia_ / len(points))
+    lloyd = float(full.inertia_ or 0.0)
+    trial.record("full-batch cost", lloyd / len(points))
     trial.record("mini-batch iterations", early.n_iter_)
-    return float(early.inertia_ / full.inertia_)
+    return early.inertia_ / lloyd
