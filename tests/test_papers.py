@@ -131,3 +131,13 @@ def test_a_paper_of_another_package_is_found(tmp_path, monkeypatch):
         assert paper.claims_file is None
     finally:
         papers.cache_clear()
+
+
+def test_the_extra_of_every_domain_is_part_of_all():
+    tomllib = pytest.importorskip("tomllib")
+    text = (ROOT.parent.parent / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    inside = extras["all"][0].removeprefix("posterity[").removesuffix("]").split(",")
+    development = {"all", "test", "lint", "docs", "bench"}
+    assert set(inside) == set(extras) - development
+    assert {paper.extra for paper in IMPLEMENTED} - {""} <= set(inside)

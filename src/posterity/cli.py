@@ -45,15 +45,13 @@ Data = Annotated[
 def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))  # what typer.Exit carries is returned
     except ValueError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         if "pip install" not in str(error):
             raise
         _fail(str(error))
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:

@@ -1,5 +1,6 @@
 """Figures as SVG that follows the page's colours and says in words what it shows."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -26,7 +27,7 @@ def _label(value: float) -> str:
 
 
 def _svg(body: list[str], height: int, title: str, description: str) -> str:
-    name = f"f{abs(hash((title, description))) % 10**8}"
+    name = f"f{zlib.crc32((title + description).encode()):x}"
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{name}t {name}d">'
         f'<title id="{name}t">{escape(title)}</title><desc id="{name}d">{escape(description)}</desc>'

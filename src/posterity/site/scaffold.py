@@ -44,12 +44,14 @@ from posterity.papers import get
 
 
 def test_has_public_names():
-    assert importlib.import_module(get("{slug}").module).__all__, "write the method and list its public names"
+    module = importlib.import_module(get("{slug}").module)
+    assert module.__all__, "write the method and list its public names"
 
 
 def test_record_exports_them():
     paper = get("{slug}")
-    missing = [name for name in ("summary", "tags", "kind", "exports", "problem", "lines") if not getattr(paper, name)]
+    needed = ("summary", "tags", "kind", "exports", "problem", "lines")
+    missing = [name for name in needed if not getattr(paper, name)]
     assert not missing, f"the record {slug}.toml lacks {{missing}}"
 
 

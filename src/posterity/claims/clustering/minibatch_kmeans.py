@@ -113,9 +113,9 @@ def terminates(
 @trend(
     paper="minibatch-kmeans",
     says="Where it stops, the mean cost is at most 5 % above what full-batch k-means reaches from the same start.",
-    metric="cost over the cost of Lloyd's algorithm",
+    metric="cost over the cost of Lloyd's algorithm, mean over starts",
     high=1.05,
-    smallest={"n_rows": 300},
+    smallest={"n_rows": 300, "n_starts": 2},
 )
 def quality(
     trial: Trial,
@@ -123,21 +123,28 @@ def quality(
     n_clusters: int = 10,
     epsilon: float = 0.02,
     batch_size: int = 2048,
+    n_starts: int = 10,
     n_rows: int | None = None,
 ) -> float:
-    """Compare final costs on all data; Lloyd's algorithm runs to its own convergence.
+    """Compare final costs on all data from ten starts; Lloyd's algorithm runs to its own convergence.
 
-    The limit is ours: the theorem bounds the number of steps and keeps the logarithmic
-    guarantee of k-means++, it does not compare with Lloyd's algorithm.
+    From one start in ten or so the two end in different local optima, up to a tenth apart
+    either way, which is why a trial takes the mean over several. The limit is ours: the
+    theorem bounds the number of steps and keeps the logarithmic guarantee of k-means++,
+    it does not compare with Lloyd's algorithm.
     """
     points = _cube(data, trial.seed, n_rows)
-    start = kmeans_plusplus(points, n_clusters, random_state=trial.seed)[0]
-    early = EarlyStopMiniBatchKMeans(
-        n_clusters, epsilon=epsilon, batch_size=batch_size, init=start, random_state=trial.seed
-    ).fit(points)
-    full = KMeans(n_clusters, init=start, n_init=1, max_iter=1000, tol=0).fit(points)
-    trial.record("mini-batch cost", early.inertia_ / len(points))
-    lloyd = float(full.inertia_ or 0.0)
-    trial.record("full-batch cost", lloyd / len(points))
-    trial.record("mini-batch iterations", early.n_iter_)
-    return early.inertia_ / lloyd
+    ratios, iterations = [], []
+    for number in range(n_starts):
+        seed = n_starts * trial.seed + number
+        start = kmeans_plusplus(points, n_clusters, random_state=seed)[0]
+        early = EarlyStopMiniBatchKMeans(
+            n_clusters, epsilon=epsilon, batch_size=batch_size, init=start, random_state=seed
+        ).fit(points)
+        full = KMeans(n_clusters, init=start, n_init=1, max_iter=1000, tol=0).fit(points)
+        ratios.append(early.inertia_ / float(full.inertia_ or 0.0))
+        iterations.append(early.n_iter_)
+        trial.track("cost over Lloyd's, by start", number, ratios[-1])
+    trial.record("largest ratio", max(ratios))
+    trial.record("mini-batch iterations", float(np.mean(iterations)))
+    return float(np.mean(ratios))
