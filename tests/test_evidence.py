@@ -12,7 +12,9 @@ from posterity.engine.fingerprint import fingerprint
 from posterity.papers import papers
 
 ROOT = Path(__file__).parent.parent
-IMPLEMENTED = [paper for paper in papers().values() if paper.implemented and paper.module.startswith("posterity.")]
+IMPLEMENTED = [
+    paper for paper in papers().values() if paper.implemented and paper.module.startswith("posterity.")
+]
 
 
 @pytest.mark.parametrize("paper", IMPLEMENTED, ids=lambda paper: paper.slug)
