@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -174,38 +173,6 @@ def test_ctrl_c_keeps_what_is_stored_and_says_how_to_go_on():
     kept = int(re.search(r"stopped; (\d+) of 500 trials are stored", err)[1])
     assert len(Store().all()) >= kept >= 2
     assert "posterity run minibatch-kmeans" in err
-
-
-@pytest.mark.timeout(480)
-def test_killed_at_twenty_random_moments_no_finished_trial_is_lost():
-    """What was seen finished is stored, whatever is stored is whole, and the end is the same."""
-    words = [sys.executable, "-m", "posterity", "run", *FAST, "--seeds", "400", "--workers", "1"]
-    moments = random.Random(0)
-    finished = set()
-    for number in range(20):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        said = ""
-        if number % 2:  # while it starts, or just after
-            time.sleep(moments.uniform(0.5, 4.0))
-        else:  # in the midst of its trials
-            said = process.stderr.readline()
-            time.sleep(moments.uniform(0.0, 0.3))
-        process.kill()
-        said += process.communicate()[1]
-        finished |= {int(seed) for seed in re.findall(r"seed (\d+): [\d.]+ s\n", said)}
-        stored = Store().all()
-        assert finished <= {job.seed for job, _ in stored}
-        assert all(outcome.value and not outcome.error and outcome.ended for _, outcome in stored)
-    assert finished
-    code, out, err = call("run", *FAST, "--seeds", "400", "--json")
-    assert code == 0
-    assert f"{len(stored)} of 400 trials were stored" in err
-    (row,) = json.loads(out)
-    assert row["seeds"] == list(range(400))
-    for seed in sorted(finished)[:2]:
-        _, fresh, _ = call("run", *FAST, "--seeds", 1, "--first-seed", seed, "--json", "--quiet", "--fresh")
-        for arm, facts in json.loads(fresh)[0]["arms"].items():
-            assert facts["values"] == [row["arms"][arm]["values"][seed]]
 
 
 def test_vendored_methods_run_without_posterity(tmp_path):

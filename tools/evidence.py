@@ -15,6 +15,11 @@ ROOT = Path(__file__).parent.parent
 DIGITS = 6
 
 
+def thin(curve):
+    """Return at most 50 points of a curve, its last among them."""
+    return curve[:: -max(1, len(curve) // 50)][::-1]
+
+
 def rounded(value):
     """Return JSON values with numbers in six digits, so that files are small and stable."""
     if isinstance(value, float):
@@ -43,7 +48,7 @@ def main() -> None:
                 for name in names
                 if (values := [outcome.records[name] for outcome in good if name in outcome.records])
             }
-            row["curves"] = good[0].curves if good else {}
+            row["curves"] = {name: thin(curve) for name, curve in good[0].curves.items()} if good else {}
             claims.append(row)
             print(f"{paper.slug} {row['claim']}: {row['verdict']}, {row['seconds']:.0f} s")
         libraries = {name: version(name) for name in ("torch", "numpy", "scikit-learn", "scipy")}

@@ -185,7 +185,7 @@ def test_a_converged_plan_is_the_best_of_all_supports():
         if result.converged:
             assert float(result.value) == pytest.approx(best, abs=1e-6)
             assert primal(result.plan, cost, 0.5) == pytest.approx(best, abs=1e-5)
-    assert converged >= 3
+    assert converged >= 3  # or nothing was tested
 
 
 @pytest.mark.parametrize("solver", ["lbfgs", "adam"])
