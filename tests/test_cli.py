@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from posterity.cli import main
 from posterity.engine.store import Store
 from posterity.papers import papers
 
@@ -140,9 +141,12 @@ def test_run_prints_the_contracts_row_and_stores_it(tmp_path):
         (["search"], "Missing argument"),
     ],
 )  # fmt: skip
-def test_bad_usage_is_one_line_and_exit_code_2(words, said):
-    code, out, err = call(*words)
-    assert code == 2, (out, err)
+def test_bad_usage_is_one_line_and_exit_code_2(words, said, as_a_user, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["posterity", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2, (out, err)
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert out == ""
