@@ -18,7 +18,7 @@ test: .venv/test
 lint: .venv/lint
 	$(BIN)/ruff check --output-format concise .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --warnings src || $(BIN)/pyright src
+	$(BIN)/pyright src
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.docstrings
 
