@@ -7,6 +7,7 @@ import numpy as np
 import ot
 import pytest
 import torch
+from scipy.optimize import minimize
 from torch import nn
 
 from posterity.testing import check_layer, check_solver
@@ -64,7 +65,7 @@ def primal(plan, cost, reg):
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("total", [0.3, 1.0, 4.0])
 def test_projection_is_the_nearest_point_of_all_supports(k, total):
-    for v in torch.randn(8, 5, dtype=torch.float64, generator=rng()):
+    for v in torch.randn(4, 5, dtype=torch.float64, generator=rng()):
         candidates = []
         for size in range(1, min(k, 5) + 1):
             for rows in map(list, itertools.combinations(range(5), size)):
@@ -167,7 +168,7 @@ def test_one_partner_each_bounds_unregularised_transport(seed):
 
 def test_value_falls_as_the_cap_is_loosened():
     a, b, cost = problem(20, 15, seed=3)
-    values = [float(sparse_transport(a, b, cost, k=k, reg=3.0).value) for k in (2, 3, 4, 6, 20)]
+    values = [float(sparse_transport(a, b, cost, k=k, reg=3.0).value) for k in (2, 4, 20)]
     assert all(loose <= tight * (1 + 3e-3) for tight, loose in itertools.pairwise(values))
     assert values[0] > values[-1] * 1.1
 
@@ -176,7 +177,7 @@ def test_a_converged_plan_is_the_best_of_all_supports():
     """With these masses many pairs of supports can carry a plan."""
     a, b = (torch.tensor(mass, dtype=torch.float64) / 6 for mass in ([1, 1, 1, 1, 2], [2, 2, 2]))
     converged = 0
-    for seed in range(20):
+    for seed in range(12):
         cost = torch.rand(5, 3, dtype=torch.float64, generator=rng(seed))
         best = best_of_all_supports(a, b, cost, 2, 0.5)
         result = sparse_transport(a, b, cost, k=2, reg=0.5)
@@ -217,11 +218,11 @@ def test_value_is_the_dual_function_of_its_potentials():
         torch.testing.assert_close(result.value, dual)
 
 
-@pytest.mark.parametrize("k", [4, 8])
+@pytest.mark.parametrize("k", [4, 6])
 def test_value_has_its_gradient(k):
-    a, b, cost = problem(8, 6)
+    a, b, cost = problem(6, 5)
     cost.requires_grad_()
-    u, v = (torch.zeros(size, dtype=torch.float64, requires_grad=True) for size in (8, 6))
+    u, v = (torch.zeros(size, dtype=torch.float64, requires_grad=True) for size in (6, 5))
 
     def value(cost, u, v):
         result = sparse_transport(a + u - u.mean(), b + v - v.mean(), cost, k=k, reg=0.2, tol=1e-7)
@@ -271,6 +272,39 @@ def test_adam_approaches_lbfgs(formulation):
     exact = sparse_transport(a, b, cost, k=5, reg=1.0).value
     result = sparse_transport(a, b, cost, k=5, reg=1.0, formulation=formulation, solver="adam", max_iter=2000)
     assert float(exact) - 1e-3 * float(exact) <= float(result.value) <= float(exact) + 1e-9
+
+
+def test_adam_keeps_the_best_of_steps_too_long():
+    a, b, cost = problem(14, 11)
+    values = [
+        float(sparse_transport(a, b, cost, k=5, solver="adam", lr=3.0, max_iter=n).value) for n in range(12)
+    ]
+    assert values == sorted(values)
+
+
+def test_restarts_from_the_best_point_at_a_kink_and_returns_the_best_seen(monkeypatch):
+    rounds, starts = [], []
+
+    def spy(descent, start, **options):
+        def watched(point):
+            value, grad = descent(point)
+            rounds[-1].append(-value)
+            return value, grad
+
+        starts.append(-descent(start)[0])
+        rounds.append([])
+        return minimize(watched, start, **options)
+
+    monkeypatch.setattr("posterity.transport.sparse_ot.minimize", spy)
+    polished = []
+    for seed in range(2):
+        rounds.clear(), starts.clear()
+        value = float(sparse_transport(*problem(20, 20, seed), k=1).value)
+        assert 1 < len(rounds) <= 4
+        assert all(start == max(map(max, rounds[:at])) for at, start in enumerate(starts) if at)
+        polished.append(value - max(map(max, rounds)))
+    assert min(polished) >= 0
+    assert max(polished) > 1e-6
 
 
 @pytest.mark.parametrize("solver", ["lbfgs", "adam"])
@@ -404,7 +438,7 @@ def test_solver_refuses_bad_input_by_name(as_a_user, change, message):
 
 
 def test_sums_that_differ_by_rounding_are_accepted():
-    assert sparse_transport(A * (1 + 5e-6), B, C, k=2, reg=10.0).converged
+    assert sparse_transport(A * (1 + 5e-6), B, C, k=4).converged
 
 
 @pytest.mark.parametrize(

@@ -98,15 +98,17 @@ class _TanhGCN(ADGN):
     def __init__(self, in_channels: int, hidden: int, out_channels: int, depth: int, **options: Any) -> None:
         super().__init__(in_channels, hidden, out_channels, 1, **options)
         conv = needs("torch_geometric.nn", "graphs").GCNConv
-        self.convs = nn.ModuleList(conv(hidden, hidden) for _ in range(depth))
+        self.convs = nn.ModuleList(conv(hidden, hidden, normalize=False) for _ in range(depth))
 
     def forward(
         self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, batch: Tensor | None = None
     ) -> Tensor:
         """Return the output of each node or graph."""
+        normalise = needs("torch_geometric.nn.conv.gcn_conv", "graphs").gcn_norm  # once for all layers
+        edge_index, edge_weight = normalise(edge_index, edge_weight, len(x), dtype=x.dtype)
         x = self.encoder(x)
         for conv in self.convs:
-            x = conv(x, edge_index).tanh()
+            x = conv(x, edge_index, edge_weight).tanh()
         return self.readout(x if self.level == "node" else self.pool(x, batch))
 
 
