@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 __all__ = ["Verdict", "describe_range", "judge_bound", "judge_comparison", "judge_trend", "summary"]
 
@@ -29,7 +29,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     mean = float(array.mean())
     if len(array) < 2:
         return {"mean": mean, "ci95": [None, None]}
-    half = float(stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array)))
+    half = float(stdtrit(len(array) - 1, 0.975) * array.std(ddof=1) / math.sqrt(len(array)))
     return {"mean": mean, "ci95": [mean - half, mean + half]}
 
 
