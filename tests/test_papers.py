@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import posterity
-from posterity.papers import DOMAINS, ROOT, Paper, get, papers, read
+from posterity.papers import DOMAINS, ROOT, Paper, _parsed, get, papers, read
 from posterity.stubs import stubs
 
 EVERY = list(papers().values())
@@ -106,6 +106,24 @@ def test_a_record_with_a_wrong_field_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read(path)
+
+
+def test_records_are_parsed_again_when_a_file_changes_and_only_then(tmp_path, monkeypatch):
+    (tmp_path / "x.toml").write_text('slug = "x"')
+    assert _parsed(tmp_path) == {"x.toml": {"slug": "x"}}
+    with monkeypatch.context() as patched:
+        patched.setattr("tomllib.loads", None)
+        assert _parsed(tmp_path) == {"x.toml": {"slug": "x"}}
+    (tmp_path / "x.toml").write_text('slug = "longer"')
+    (tmp_path / "y.toml").write_text('slug = "y"')
+    assert _parsed(tmp_path) == {"x.toml": {"slug": "longer"}, "y.toml": {"slug": "y"}}
+
+
+def test_a_broken_cache_of_records_is_made_again(tmp_path):
+    (tmp_path / "x.toml").write_text('slug = "x"')
+    _parsed(tmp_path)
+    (tmp_path / "__pycache__" / "records.json").write_text("{")
+    assert _parsed(tmp_path) == {"x.toml": {"slug": "x"}}
 
 
 def test_a_paper_of_another_package_is_found(tmp_path, monkeypatch):

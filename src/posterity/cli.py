@@ -115,27 +115,43 @@ def list_(
         _print_index(found)
 
 
-def _match(word: str, text: str) -> float:
-    """Return how well a word is found in a text: 1 whole, less for a part or a typo."""
-    words = re.findall(r"[a-z0-9]+", text.lower())
-    if word in words:
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def _match(term: str, words: list[str], near: set[str]) -> float:
+    """Return how well a term is found among words: 1 whole, less for a part or a typo."""
+    if term in words:
         return 1.0
-    if any(w.startswith(word) or (len(w) > 3 and word.startswith(w)) for w in words):
+    if any(w.startswith(term) or (2 * len(w) > len(term) and term.startswith(w)) for w in words):
         return 0.8
-    if len(word) > 3 and any(word in w for w in words):
+    if len(term) > 3 and any(term in w for w in words):
         return 0.6
-    near = difflib.get_close_matches(word, [w for w in words if len(w) > 3], n=1, cutoff=0.75)
-    return 0.5 if near and len(word) > 3 else 0.0
+    return 0.5 if not near.isdisjoint(words) else 0.0
 
 
 def find(words: Iterable[str]) -> list[Paper]:
     """Return the papers that match, best first: names and tags count more than summaries."""
-    terms = [term for word in words for term in re.findall(r"[a-z0-9]+", word.lower())]
+    terms = [term for word in words for term in _words(word)]
+    texts = {
+        paper.slug: [(_words(text), weight) for text, weight in (
+            (paper.slug, 4.0), (" ".join(paper.tags), 3.0), (paper.domain, 2.0), (paper.title, 2.0),
+            (paper.summary + " " + paper.problem, 1.0), (" ".join(paper.exports), 1.0))]
+        for paper in papers().values()
+    }  # fmt: skip
+    known = {word for fields in texts.values() for field, _ in fields for word in field if len(word) > 3}
+    near = {  # a word that somebody wrote is no typo
+        term: set(difflib.get_close_matches(term, known, n=10, cutoff=0.75))
+        if len(term) > 3 and term not in known
+        else set()
+        for term in terms
+    }
     scored = []
     for paper in papers().values():
-        fields = ((paper.slug, 4.0), (" ".join(paper.tags), 3.0), (paper.domain, 2.0), (paper.title, 2.0),
-                  (paper.summary + " " + paper.problem, 1.0), (" ".join(paper.exports), 1.0))  # fmt: skip
-        each = [max(weight * _match(term, text) for text, weight in fields) for term in terms]
+        each = [
+            max(weight * _match(term, field, near[term]) for field, weight in texts[paper.slug])
+            for term in terms
+        ]
         if each and min(each) > 0:
             scored.append((sum(each) + 0.5 * paper.implemented, paper))
         elif len(each) > 2 and sum(score > 0 for score in each) > len(each) / 2:

@@ -66,3 +66,10 @@ def test_a_value_that_is_no_number_is_an_error_and_never_a_zero(bad):
     assert judge_comparison([1.0, bad], [0.0, 0.0], "lower")[1] == "error"
     assert judge_bound([bad, 0.0], 1.0, "lower") == "error"
     assert judge_trend([bad, 0.0], 0, 1) == "error"
+
+
+@pytest.mark.parametrize("count", [2, 5, 31, 32, 200])
+def test_the_quantile_is_students_with_and_without_the_table(count):
+    xs = [float(value) for value in range(count)]
+    low, high = stats.t.interval(0.95, count - 1, np.mean(xs), stats.sem(xs))
+    assert summary(xs)["ci95"] == pytest.approx([low, high], rel=1e-12)
