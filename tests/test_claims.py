@@ -50,7 +50,8 @@ def test_smallest_setting_runs_and_repeats(paper, name, as_a_user):
     assert not first["error"], first["error"]
     values = first["value"].values() if isinstance(first["value"], dict) else [first["value"]]
     assert all(math.isfinite(value) for value in values)
-    assert perform(job)["value"] == first["value"], "one seed, one result"
+    if not claim.timed:
+        assert perform(job)["value"] == first["value"], "one seed, one result"
 
 
 def declare(form, **facts):

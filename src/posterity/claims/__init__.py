@@ -81,6 +81,8 @@ class Claim:
         Parameters of the smallest setting that means anything: what tests run.
     figure : float, optional
         The paper's own value of the effect, value or trend, drawn as a line.
+    timed : bool
+        Whether the metric is made of seconds, which one seed does not repeat.
     """
 
     run: Callable[..., Any]
@@ -96,6 +98,7 @@ class Claim:
     time_limit: float = 600.0
     smallest: dict[str, Any] = field(default_factory=dict)
     figure: float | None = None
+    timed: bool = False
 
     @property
     def name(self) -> str:
@@ -139,7 +142,7 @@ def comparison(
     better : {"lower", "higher"}
         Which way the metric is good.
     **facts
-        ``where``, ``time_limit``, ``smallest``, ``figure`` of `Claim`.
+        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed`` of `Claim`.
 
     Returns
     -------
@@ -166,7 +169,7 @@ def bound(
     better : {"lower", "higher"}, default="lower"
         On which side of the limit the value must stay.
     **facts
-        ``where``, ``time_limit``, ``smallest``, ``figure`` of `Claim`.
+        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed`` of `Claim`.
 
     Returns
     -------
@@ -188,7 +191,7 @@ def trend(
     low, high : float
         The values that agree with the paper, ends included; None, for one of them, is no end.
     **facts
-        ``where``, ``time_limit``, ``smallest``, ``figure`` of `Claim`.
+        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed`` of `Claim`.
 
     Returns
     -------

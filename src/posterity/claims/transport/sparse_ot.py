@@ -1,33 +1,16 @@
 """Claims about sparsity-constrained transport: what a cap on columns costs, inside and after."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from numpy import ndarray
 from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
-from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from posterity._checks import integer, needs
+from posterity._checks import integer
 from posterity.claims import Trial, comparison, trend
+from posterity.lab.photos import load_photo
 from posterity.transport import sparse_transport
-
-BUNDLED = ("china.jpg", "flower.jpg")
-
-
-def _pixels(name: str, image: str) -> ndarray:
-    """Return the pixels of a photograph of scikit-learn or of a file, in [0, 1]."""
-    pillow = needs("PIL.Image", "transport")
-    if image in BUNDLED and not Path(image).exists():
-        photograph = load_sample_image(image)
-    else:
-        try:
-            photograph = np.asarray(pillow.open(image).convert("RGB"))
-        except OSError as error:
-            raise ValueError(f"{name} must be {' or '.join(BUNDLED)} or an image file: {error}") from error
-    return photograph.reshape(-1, 3) / 255
 
 
 def _palette(pixels: ndarray, n_colors: int, n_pixels: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -46,8 +29,8 @@ def _color_transfer(
     integer("n_colors", n_colors, 2)
     integer("n_pixels", n_pixels, n_colors)
     sides = [
-        _palette(_pixels(name, image), n_colors, n_pixels, trial.seed)
-        for name, image in (("source", source), ("target", target))
+        _palette(load_photo(image).reshape(-1, 3), n_colors, n_pixels, trial.seed)
+        for image in (source, target)
     ]
     (x, a), (y, b) = ((colors.to(trial.device), share.to(trial.device)) for colors, share in sides)
     return a, b, torch.cdist(x, y).square()
