@@ -108,6 +108,15 @@ def test_a_record_with_a_wrong_field_is_refused(tmp_path, text, message):
         read(path)
 
 
+@pytest.mark.parametrize("first", ["posterity.graphs.semantic_robustness", "posterity.graphs"])
+def test_a_function_named_as_its_file_is_served_whatever_is_imported_first(first):
+    code = (
+        f"import {first}; from posterity.graphs import semantic_robustness, CSBM; import posterity.graphs as g;"
+        "assert callable(semantic_robustness) and g.semantic_robustness is semantic_robustness"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_records_are_parsed_again_when_a_file_changes_and_only_then(tmp_path, monkeypatch):
     (tmp_path / "x.toml").write_text('slug = "x"')
     assert _parsed(tmp_path) == {"x.toml": {"slug": "x"}}

@@ -2,3 +2,11 @@ from posterity.graphs.a_dgn import ADGN as ADGN
 from posterity.graphs.a_dgn import AntiSymmetricConv as AntiSymmetricConv
 from posterity.graphs.a_dgn import euler_step_limit as euler_step_limit
 from posterity.graphs.a_dgn import local_jacobian_eigenvalues as local_jacobian_eigenvalues
+from posterity.graphs.semantic_robustness import CSBM as CSBM
+from posterity.graphs.semantic_robustness import SemanticRobustness as SemanticRobustness
+from posterity.graphs.semantic_robustness import attack_candidates as attack_candidates
+from posterity.graphs.semantic_robustness import bayes_robustness as bayes_robustness
+from posterity.graphs.semantic_robustness import model_robustness as model_robustness
+from posterity.graphs.semantic_robustness import propagate_labels as propagate_labels
+from posterity.graphs.semantic_robustness import semantic_robustness as semantic_robustness
+from posterity.graphs.semantic_robustness import with_label_propagation as with_label_propagation

@@ -17,6 +17,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 __all__ = ["DOMAINS", "Paper", "get", "papers", "serve"]
@@ -207,12 +208,22 @@ def get(slug: str) -> Paper:
     raise ValueError(f"unknown paper {slug!r}: {hint}")
 
 
+class _Domain(ModuleType):
+    """A domain's package: a function that is named as its file is served, and not the file."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in getattr(value, "__all__", ()):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
 def serve(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return ``__getattr__`` and ``__dir__`` of a domain: names come from its records.
 
     Nothing is imported before a name is asked for (PEP 562).
     """
     domain = package.rsplit(".", 1)[-1]
+    sys.modules[package].__class__ = _Domain
 
     @cache
     def names() -> dict[str, str]:
