@@ -205,8 +205,9 @@ def check_layer(
 
 
 def check_graph_network(
-    network: nn.Module, x: Tensor, edge_index: Tensor, *, level: str = "node", **options: Any
-) -> None:
+    network: nn.Module, x: Tensor, edge_index: Tensor, *, level: str = "node", local: bool = True,
+    dead: Iterable[str] = (), **options: Any,
+) -> None:  # fmt: skip
     """Check a graph layer or network: what `check_layer` checks, and what graphs demand.
 
     Permuting nodes permutes (or, for ``level="graph"``, keeps) the output; the order of
@@ -220,10 +221,15 @@ def check_graph_network(
     x : Tensor of shape (nodes, features)
     edge_index : Tensor of shape (2, edges)
     level : {"node", "graph"}, default="node"
+    local : bool, default=True
+        Whether a node sees only what edges lead to; where all nodes of a graph see each
+        other, graphs are kept apart by ``batch=``.
+    dead : iterable of str
+        As for `check_layer`.
     **options
         Of the call.
     """
-    check_layer(network, x, edge_index, **options)
+    check_layer(network, x, edge_index, dead=dead, **options)
     network = copy.deepcopy(network).eval()
     n = len(x)
     close = {"rtol": 1e-4, "atol": 1e-5}
@@ -239,18 +245,17 @@ def check_graph_network(
         assert not _close(network(x, edge_index[:, :0], **options), out), "the edges do not matter"
 
         two = torch.cat([x, x.flip(0)]), torch.cat([edge_index, n - 1 - edge_index + n], 1)
-        if level == "graph":
-            batch = torch.arange(2).repeat_interleave(n)
-            both = network(*two, batch=batch, **options)
-            alone = torch.cat([out, network(x.flip(0), n - 1 - edge_index, **options)])
-        else:
-            both = network(*two, **options)
-            alone = torch.cat([out, out.flip(0)])
+        if level == "graph" or not local:
+            options["batch"] = torch.arange(2).repeat_interleave(n)
+        both = network(*two, **options)
+        options.pop("batch", None)
+        again = network(x.flip(0), n - 1 - edge_index, **options)
+        alone = torch.cat([out, again if level == "graph" else out.flip(0)])
         _same(both, alone, "graphs of a batch see each other", **close)
 
         isolated = network(torch.cat([x, x[:1]]), edge_index, **options)
         assert torch.isfinite(isolated).all(), "an isolated node is finite"
-        if level == "node":
+        if level == "node" and local:
             _same(isolated[:n], out, "an isolated node changes the others", **close)
         for size in (1, 3):
             bare = network(x[:size], edge_index[:, :0], **options)

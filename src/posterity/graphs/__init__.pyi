@@ -2,6 +2,15 @@ from posterity.graphs.a_dgn import ADGN as ADGN
 from posterity.graphs.a_dgn import AntiSymmetricConv as AntiSymmetricConv
 from posterity.graphs.a_dgn import euler_step_limit as euler_step_limit
 from posterity.graphs.a_dgn import local_jacobian_eigenvalues as local_jacobian_eigenvalues
+from posterity.graphs.gd_wl import Biconnectivity as Biconnectivity
+from posterity.graphs.gd_wl import DistanceBias as DistanceBias
+from posterity.graphs.gd_wl import GDAttention as GDAttention
+from posterity.graphs.gd_wl import GraphormerGD as GraphormerGD
+from posterity.graphs.gd_wl import biconnectivity as biconnectivity
+from posterity.graphs.gd_wl import gd_wl_colors as gd_wl_colors
+from posterity.graphs.gd_wl import gd_wl_equivalent as gd_wl_equivalent
+from posterity.graphs.gd_wl import resistance_distance as resistance_distance
+from posterity.graphs.gd_wl import shortest_path_distance as shortest_path_distance
 from posterity.graphs.semantic_robustness import CSBM as CSBM
 from posterity.graphs.semantic_robustness import SemanticRobustness as SemanticRobustness
 from posterity.graphs.semantic_robustness import attack_candidates as attack_candidates
