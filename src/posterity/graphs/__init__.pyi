@@ -19,3 +19,16 @@ from posterity.graphs.semantic_robustness import model_robustness as model_robus
 from posterity.graphs.semantic_robustness import propagate_labels as propagate_labels
 from posterity.graphs.semantic_robustness import semantic_robustness as semantic_robustness
 from posterity.graphs.semantic_robustness import with_label_propagation as with_label_propagation
+from posterity.graphs.t_bgrl import GCNEncoder as GCNEncoder
+from posterity.graphs.t_bgrl import InductiveLinkSplit as InductiveLinkSplit
+from posterity.graphs.t_bgrl import LinkDecoder as LinkDecoder
+from posterity.graphs.t_bgrl import TBGRL as TBGRL
+from posterity.graphs.t_bgrl import augment_graph as augment_graph
+from posterity.graphs.t_bgrl import bgrl_loss as bgrl_loss
+from posterity.graphs.t_bgrl import corrupt_graph as corrupt_graph
+from posterity.graphs.t_bgrl import cosine_schedule as cosine_schedule
+from posterity.graphs.t_bgrl import fit_link_decoder as fit_link_decoder
+from posterity.graphs.t_bgrl import fit_tbgrl as fit_tbgrl
+from posterity.graphs.t_bgrl import hits_at_k as hits_at_k
+from posterity.graphs.t_bgrl import inductive_link_split as inductive_link_split
+from posterity.graphs.t_bgrl import tbgrl_loss as tbgrl_loss

@@ -210,10 +210,14 @@ def gd_wl_equivalent(
 
     Parameters
     ----------
-    edge_index_a, edge_index_b : Tensor
-        Undirected edges in both directions.
-    num_nodes_a, num_nodes_b : int
-        How many nodes.
+    edge_index_a : Tensor
+        Undirected edges of the first graph, in both directions.
+    num_nodes_a : int
+        How many nodes it has.
+    edge_index_b : Tensor
+        Edges of the second graph.
+    num_nodes_b : int
+        How many nodes it has.
     distance : {"spd", "rd", "both"}, default="rd"
         As for `gd_wl_colors`.
 
@@ -272,6 +276,7 @@ def biconnectivity(edge_index: Int[Tensor, "2 edges"], num_nodes: int) -> Biconn
     Returns
     -------
     Biconnectivity
+        Cut vertices, bridges, components and their trees.
 
     References
     ----------
