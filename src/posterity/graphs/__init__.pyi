@@ -11,6 +11,10 @@ from posterity.graphs.gd_wl import gd_wl_colors as gd_wl_colors
 from posterity.graphs.gd_wl import gd_wl_equivalent as gd_wl_equivalent
 from posterity.graphs.gd_wl import resistance_distance as resistance_distance
 from posterity.graphs.gd_wl import shortest_path_distance as shortest_path_distance
+from posterity.graphs.polygcl import PolyGCL as PolyGCL
+from posterity.graphs.polygcl import PolynomialFilter as PolynomialFilter
+from posterity.graphs.polygcl import contextual_sbm as contextual_sbm
+from posterity.graphs.polygcl import fit_polygcl as fit_polygcl
 from posterity.graphs.semantic_robustness import CSBM as CSBM
 from posterity.graphs.semantic_robustness import SemanticRobustness as SemanticRobustness
 from posterity.graphs.semantic_robustness import attack_candidates as attack_candidates
