@@ -2,6 +2,15 @@ from posterity.graphs.a_dgn import ADGN as ADGN
 from posterity.graphs.a_dgn import AntiSymmetricConv as AntiSymmetricConv
 from posterity.graphs.a_dgn import euler_step_limit as euler_step_limit
 from posterity.graphs.a_dgn import local_jacobian_eigenvalues as local_jacobian_eigenvalues
+from posterity.graphs.gcn_stability import Coarsening as Coarsening
+from posterity.graphs.gcn_stability import CollapseBound as CollapseBound
+from posterity.graphs.gcn_stability import ResolventConv as ResolventConv
+from posterity.graphs.gcn_stability import StableGCN as StableGCN
+from posterity.graphs.gcn_stability import apply_filter as apply_filter
+from posterity.graphs.gcn_stability import collapse_bound as collapse_bound
+from posterity.graphs.gcn_stability import collapse_strong_edges as collapse_strong_edges
+from posterity.graphs.gcn_stability import filter_gain as filter_gain
+from posterity.graphs.gcn_stability import stability_bound as stability_bound
 from posterity.graphs.gd_wl import Biconnectivity as Biconnectivity
 from posterity.graphs.gd_wl import DistanceBias as DistanceBias
 from posterity.graphs.gd_wl import GDAttention as GDAttention
