@@ -2,6 +2,11 @@ from posterity.graphs.a_dgn import ADGN as ADGN
 from posterity.graphs.a_dgn import AntiSymmetricConv as AntiSymmetricConv
 from posterity.graphs.a_dgn import euler_step_limit as euler_step_limit
 from posterity.graphs.a_dgn import local_jacobian_eigenvalues as local_jacobian_eigenvalues
+from posterity.graphs.acmp import ACMP as ACMP
+from posterity.graphs.acmp import ACMPConv as ACMPConv
+from posterity.graphs.acmp import consensus_growth_rate as consensus_growth_rate
+from posterity.graphs.acmp import dirichlet_energy as dirichlet_energy
+from posterity.graphs.acmp import trapping_radius as trapping_radius
 from posterity.graphs.gcn_stability import Coarsening as Coarsening
 from posterity.graphs.gcn_stability import CollapseBound as CollapseBound
 from posterity.graphs.gcn_stability import ResolventConv as ResolventConv
