@@ -37,6 +37,14 @@ from posterity.graphs.semantic_robustness import model_robustness as model_robus
 from posterity.graphs.semantic_robustness import propagate_labels as propagate_labels
 from posterity.graphs.semantic_robustness import semantic_robustness as semantic_robustness
 from posterity.graphs.semantic_robustness import with_label_propagation as with_label_propagation
+from posterity.graphs.signnet import AddLaplacianEigs as AddLaplacianEigs
+from posterity.graphs.signnet import BasisNet as BasisNet
+from posterity.graphs.signnet import Equivariant1to1 as Equivariant1to1
+from posterity.graphs.signnet import Equivariant2to1 as Equivariant2to1
+from posterity.graphs.signnet import SignNet as SignNet
+from posterity.graphs.signnet import eigenspaces as eigenspaces
+from posterity.graphs.signnet import ign_2to1 as ign_2to1
+from posterity.graphs.signnet import laplacian_eigs as laplacian_eigs
 from posterity.graphs.t_bgrl import GCNEncoder as GCNEncoder
 from posterity.graphs.t_bgrl import InductiveLinkSplit as InductiveLinkSplit
 from posterity.graphs.t_bgrl import LinkDecoder as LinkDecoder
