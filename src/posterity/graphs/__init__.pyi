@@ -7,6 +7,10 @@ from posterity.graphs.acmp import ACMPConv as ACMPConv
 from posterity.graphs.acmp import consensus_growth_rate as consensus_growth_rate
 from posterity.graphs.acmp import dirichlet_energy as dirichlet_energy
 from posterity.graphs.acmp import trapping_radius as trapping_radius
+from posterity.graphs.agentnet import AgentNet as AgentNet
+from posterity.graphs.agentnet import AgentTrace as AgentTrace
+from posterity.graphs.agentnet import log_aggregate as log_aggregate
+from posterity.graphs.agentnet import straight_through_choice as straight_through_choice
 from posterity.graphs.gcn_stability import Coarsening as Coarsening
 from posterity.graphs.gcn_stability import CollapseBound as CollapseBound
 from posterity.graphs.gcn_stability import ResolventConv as ResolventConv
