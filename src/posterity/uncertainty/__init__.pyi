@@ -1,3 +1,9 @@
+from posterity.uncertainty.cider import CIDERLoss as CIDERLoss
+from posterity.uncertainty.cider import KNNScore as KNNScore
+from posterity.uncertainty.cider import compactness_loss as compactness_loss
+from posterity.uncertainty.cider import dispersion_loss as dispersion_loss
+from posterity.uncertainty.cider import hypersphere_geometry as hypersphere_geometry
+from posterity.uncertainty.cider import update_prototypes as update_prototypes
 from posterity.uncertainty.esd import ESDLoss as ESDLoss
 from posterity.uncertainty.esd import ESDMetric as ESDMetric
 from posterity.uncertainty.esd import MMCELoss as MMCELoss
