@@ -54,12 +54,12 @@ class _Predict:
     def batched(self, x: Tensor, edge_indices: list[Tensor]) -> Tensor:
         """Return scores (graphs, nodes, classes)."""
         first, second = (layer.lin.weight.T for layer in (self.net.first, self.net.second))
-        hidden, parts = x @ first, []
+        hidden, parts = x @ first, []  # type: ignore[operator]
         for start in range(0, len(edge_indices), 8):  # more at once leave the cache
             graphs = edge_indices[start : start + 8]
             smooth = _block_gcn(graphs, len(x), x.dtype)
             states = (smooth @ hidden.repeat(len(graphs), 1)).relu_()
-            parts.append((smooth @ (states @ second)).view(len(graphs), len(x), -1))
+            parts.append((smooth @ (states @ second)).view(len(graphs), len(x), -1))  # type: ignore[operator]
         return torch.cat(parts)
 
 
