@@ -249,8 +249,7 @@ def check_graph_network(
             options["batch"] = torch.arange(2).repeat_interleave(n)
         both = network(*two, **options)
         options.pop("batch", None)
-        again = network(x.flip(0), n - 1 - edge_index, **options)
-        alone = torch.cat([out, again if level == "graph" else out.flip(0)])
+        alone = torch.cat([out, network(x.flip(0), n - 1 - edge_index, **options)])
         _same(both, alone, "graphs of a batch see each other", **close)
 
         isolated = network(torch.cat([x, x[:1]]), edge_index, **options)

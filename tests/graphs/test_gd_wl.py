@@ -440,7 +440,7 @@ def test_a_graph_without_nodes_in_a_batch_is_no_nan():
     e, n = edges(nx.path_graph(3))
     batch = torch.tensor([0, 0, 2])
     net = small()
-    out = net(torch.ones(3, 3), e[:, [0, 2]].sort(0).values.clamp_max(1)[:, :0], batch)
+    out = net(torch.ones(3, 3), e[:, :0], batch)
     out.sum().backward()
     assert torch.isfinite(out).all() and all(
         p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters()

@@ -587,11 +587,13 @@ def inductive_link_split(
             among = int((ends == 2).sum())
             raise ValueError(f"{name} is empty: of {links.shape[1]} links {among} are among observed nodes")
     known = torch.cat([extra, inside, rest_ou, rest_uu], 1)
-    return InductiveLinkSplit(
-        observed, x[observed.to(x.device)], _both(train_pos), train_pos, val_pos,
-        _non_links(place[inside], int(observed.sum()), n_val, generator), _both(known),
-        test_oo, test_ou, test_uu, _non_links(links, n, round(edge_ratio * links.shape[1]), generator),
+    val_neg = _non_links(place[inside], int(observed.sum()), n_val, generator)
+    test_neg = _non_links(links, n, round(edge_ratio * links.shape[1]), generator)
+    parts = (
+        _both(train_pos), train_pos, val_pos, val_neg, _both(known), test_oo, test_ou, test_uu, test_neg
     )  # fmt: skip
+    observed = observed.to(x.device)
+    return InductiveLinkSplit(observed, x[observed], *(part.to(edge_index) for part in parts))
 
 
 class LinkDecoder(nn.Module):
