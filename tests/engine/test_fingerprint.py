@@ -1,6 +1,5 @@
 """A fingerprint changes with the code that computes, and with nothing else."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ implemented = [paper for paper in papers().values() if paper.claims_file]
 
 @pytest.mark.parametrize("paper", implemented, ids=lambda paper: paper.slug)
 def test_covers_claim_method_and_the_lab_it_uses_but_no_other_paper(paper):
-    names = set(sources(paper.claims))
+    names = sources(paper.claims)
     assert {paper.claims, paper.module, "posterity._checks"} <= names
     assert not any(
         name.startswith(("posterity.engine", "posterity.cli", "posterity.papers")) for name in names
@@ -23,25 +22,41 @@ def test_covers_claim_method_and_the_lab_it_uses_but_no_other_paper(paper):
     assert not names & others
 
 
+CLAIM = """from posterity.lab.b import f
+x = f()
+@entry("t")
+def rival():
+    return 1
+"""
+LAB = '''"""Doc."""
+import numpy as np
+K = 2
+# why
+def f():
+    """Return K."""
+    return np.add(K, 1)
+def other():
+    return 3
+@data("two-moons")
+def moons():
+    return 4
+'''
+
+
 @pytest.fixture
 def edited(tmp_path, monkeypatch):
-    """Return the fingerprint of two modules after a replacement in the second."""
+    """Return the fingerprint of a claim and a module of the lab after a replacement in either."""
 
-    def make(old="", new=""):
-        package = tmp_path / f"p{len(list(tmp_path.iterdir()))}"
-        package.mkdir()
-        (package / "a.py").write_text("from posterity.b import f\nx = f()\n")
-        text = '"""Doc."""\n# why\ndef f():\n    """Return 1."""\n    return 1\n'
-        assert old in text
-        (package / "b.py").write_text(text.replace(old, new))
-        files = {f"posterity.{name}": package / f"{name}.py" for name in ("a", "b")}
-        monkeypatch.setattr(module, "_file", lambda name: files.get(name))
-        for cached in (module.fingerprint, module._imports, module._meaning):
-            cached.cache_clear()
-        result = fingerprint("posterity.a")
-        for cached in (module.fingerprint, module._imports, module._meaning):
-            cached.cache_clear()
-        shutil.rmtree(package)
+    def make(old="", new="", **options):
+        assert old in CLAIM + LAB
+        files = {name: tmp_path / f"{name}.py" for name in ("posterity.a", "posterity.lab.b")}
+        for path, text in zip(files.values(), (CLAIM, LAB), strict=True):
+            path.write_text(text.replace(old, new))
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_file", files.get)
+            module._parsed.cache_clear()
+            result = module.fingerprint.__wrapped__("posterity.a", **options)
+        module._parsed.cache_clear()
         return result
 
     return make
@@ -50,12 +65,32 @@ def edited(tmp_path, monkeypatch):
 def test_comments_layout_and_docstrings_do_not_count(edited):
     plain = edited()
     assert edited("# why", "# because") == plain
-    assert edited("Return 1.", "Return one.") == plain
-    assert edited("    return 1", "\n    return (1)") == plain
+    assert edited("Return K.", "Return it.") == plain
+    assert edited("    return np.add(K, 1)", "\n    return (np.add(K, 1))") == plain
 
 
-def test_code_counts_through_imports(edited):
-    assert edited("return 1", "return 2") != edited()
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("K, 1", "K, 2"),
+        ("K = 2", "K = 3"),
+        ("numpy", "cupy"),
+        ("x = f()", "x = f() + 1"),
+        ("return 4", "return 5"),
+    ],
+    ids=["a function", "what it refers to", "what it imports", "the claim", "a registered data set"],
+)
+def test_code_that_is_reached_counts(edited, edit):
+    assert edited(*edit) != edited()
+
+
+def test_the_rest_of_the_lab_does_not_count(edited):
+    assert edited("return 3", "return 4") == edited()
+
+
+def test_an_entry_counts_in_a_comparison_only(edited):
+    assert edited("return 1\n", "return 2\n") == edited()
+    assert edited("return 1\n", "return 2\n", entries=True) != edited(entries=True)
 
 
 def test_versions_of_libraries_count(monkeypatch):

@@ -1,12 +1,16 @@
-"""Fingerprints: which code a trial ran, so that work on one paper leaves other evidence current.
+"""Fingerprints: which code a trial ran, so that other work leaves its evidence current.
 
-A fingerprint covers a claim's file and what it imports of Posterity, transitively: its
-method, the parts of the lab it uses. Comments, layout and docstrings do not count. The
+A fingerprint covers a claim's file and what it uses of Posterity, transitively: its method,
+whole, and of the lab and the checks the definitions that are reached by name, so that the
+lab can grow. What a module does on import counts as soon as the module is reached:
+registered data sets, loops, conditions. Comments, layout and docstrings do not count. The
 versions of torch, numpy and scikit-learn do.
 """
 
 import ast
 import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,66 +21,137 @@ from posterity.papers import papers
 __all__ = ["fingerprint", "sources"]
 
 LIBRARIES = ("torch", "numpy", "scikit-learn")
+# The index, the forms of claims and the engine describe and run; they do not compute.
+SKIP = ("posterity.papers", "posterity.engine")
 
 
 @cache
-def fingerprint(module: str) -> str:
-    """Return the fingerprint of a module: 12 hexadecimal digits."""
+def fingerprint(module: str, *, entries: bool = False) -> str:
+    """Return the fingerprint of a module: 12 hexadecimal digits.
+
+    With ``entries``, functions that it registers as entries of a task count: they are part
+    of a comparison, not of a claim.
+    """
     digest = hashlib.sha256()
-    for name, path in sorted(sources(module).items()):
-        digest.update(f"{name}\0{_meaning(path)}\0".encode())
+    for name, statements in sorted(_reached(module, entries).items()):
+        for number in sorted(statements):
+            digest.update(f"{name}\0{_parsed(name).meaning(number)}\0".encode())
     for library in LIBRARIES:
         digest.update(f"{library} {version(library).split('+')[0]}\0".encode())
     return digest.hexdigest()[:12]
 
 
-def sources(module: str) -> dict[str, Path]:
-    """Return every file that counts, by module name."""
-    found: dict[str, Path] = {}
-    todo = [module]
+def sources(module: str) -> set[str]:
+    """Return the name of every module of which something counts."""
+    return set(_reached(module, False))
+
+
+class _Parsed:
+    """A module's top-level statements, what each binds, and which always count."""
+
+    def __init__(self, path: Path) -> None:
+        self.body = ast.parse(path.read_text(encoding="utf-8")).body
+        self.binds: dict[str, int] = {}
+        self.imports: dict[str, tuple[str, str]] = {}
+        self.always: set[int] = set()
+        self.entries: set[int] = set()
+        for number, node in enumerate(self.body):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                ours = dict(_imported(node))
+                self.imports |= ours
+                self.binds |= {name: number for name in map(_bound, node.names) if name not in ours}
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                self.binds[node.name] = number
+                registrars = {_name(each.func) for each in node.decorator_list if isinstance(each, ast.Call)}
+                if "entry" in registrars:
+                    self.entries.add(number)
+                elif registrars - {"dataclass"}:
+                    self.always.add(number)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for name in (each.id for t in targets for each in ast.walk(t) if isinstance(each, ast.Name)):
+                    self.binds[name] = number
+            elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                self.always.add(number)
+
+    def meaning(self, number: int) -> str:
+        """Return a statement without comments, layout and docstrings."""
+        for node in ast.walk(self.body[number]):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = node.body[0] if node.body else None
+                if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+                    node.body = node.body[1:] or [ast.Pass()]
+        return ast.dump(self.body[number])
+
+    def uses(self, number: int) -> Iterator[tuple[str, str]]:
+        """Yield (module, name) of each import that a statement uses, ("", name) of its own."""
+        for node in ast.walk(self.body[number]):
+            if isinstance(node, ast.Name) and node.id in self.imports:
+                yield self.imports[node.id]
+            elif isinstance(node, ast.Name) and node.id in self.binds:
+                yield "", node.id
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                yield from (target for _, target in _imported(node))
+
+
+def _reached(root: str, entries: bool) -> dict[str, set[int]]:
+    """Return the numbers of the statements that count, by module."""
+    found: dict[str, set[int]] = defaultdict(set)
+    todo: list[tuple[str, str]] = [(root, "")]
     while todo:
-        name = todo.pop()
-        path = _file(name)
-        if name in found or path is None:
+        module, name = todo.pop()
+        if module == "posterity.claims" or module.startswith(SKIP) or _file(module) is None:
             continue
-        found[name] = path
-        todo += [target for target in _imports(path) if target not in found]
+        parsed = _parsed(module)
+        new = set(parsed.always)
+        if name in parsed.binds:
+            new.add(parsed.binds[name])
+        elif name in parsed.imports:
+            todo.append(parsed.imports[name])
+        else:  # the module as a whole
+            new |= set(parsed.binds.values())
+        if not module.startswith(("posterity.lab.", "posterity._checks")):
+            new |= set(parsed.binds.values())
+        new -= found[module]
+        if not entries and module == root:
+            new -= parsed.entries
+        found[module] |= new
+        todo += [(of or module, used) for number in new for of, used in parsed.uses(number)]
     return found
 
 
-@cache
-def _meaning(path: Path) -> str:
-    """Return the code without comments, layout and docstrings."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-                node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(tree)
-
-
-@cache
-def _imports(path: Path) -> list[str]:
-    wanted = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            wanted += [alias.name for alias in node.names if alias.name.startswith("posterity.")]
+def _imported(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield the bound name and (module, name) of each import from Posterity."""
+    for alias in node.names:
+        if isinstance(node, ast.Import) and alias.name.startswith("posterity."):
+            yield _bound(alias), (alias.name, "")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("posterity."):
-            wanted += [_definer(node.module or "", alias.name) for alias in node.names]
-    # The index, the forms of claims and the engine describe and run; they do not compute.
-    skip = ("posterity.papers", "posterity.engine")
-    return [name for name in wanted if name != "posterity.claims" and not name.startswith(skip)]
+            yield _bound(alias), _definer(node.module or "", alias.name)
 
 
-def _definer(module: str, name: str) -> str:
-    """Return the module that defines ``name`` of ``module``: a submodule, or a served name."""
+def _bound(alias: ast.alias) -> str:
+    return alias.asname or alias.name.split(".")[0]
+
+
+def _name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
+
+
+def _definer(module: str, name: str) -> tuple[str, str]:
+    """Return where ``name`` of ``module`` is defined: a submodule, a served name, or there."""
     if _file(f"{module}.{name}") is not None:
-        return f"{module}.{name}"
+        return f"{module}.{name}", ""
     for paper in papers().values():
         if name in paper.exports and module == f"posterity.{paper.domain}":
-            return paper.module
-    return module
+            return paper.module, name
+    return module, name
+
+
+@cache
+def _parsed(module: str) -> _Parsed:
+    path = _file(module)
+    assert path is not None
+    return _Parsed(path)
 
 
 def _file(module: str) -> Path | None:

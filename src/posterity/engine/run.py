@@ -343,7 +343,9 @@ def compare(
     jobs = []
     for name, home in homes.items():
         params = {"task": task, "entry": name, "home": home, "source": source, "data": spec, "target": target}
-        code = "".join(fingerprint(module) for module in (home, "posterity.lab.tasks", source) if module)
+        code = "".join(
+            fingerprint(module, entries=True) for module in (home, "posterity.lab.tasks", source) if module
+        )
         jobs += [
             Job("", f"compare {task}", "posterity.lab.tasks:score_entry", params, seed, code, device, A_WEEK)
             for seed in range(first_seed, first_seed + seeds)
