@@ -10,3 +10,7 @@ from posterity.uncertainty.esd import MMCELoss as MMCELoss
 from posterity.uncertainty.esd import SBECELoss as SBECELoss
 from posterity.uncertainty.esd import expected_squared_difference as expected_squared_difference
 from posterity.uncertainty.esd import interleave as interleave
+from posterity.uncertainty.forde import FoRDELoss as FoRDELoss
+from posterity.uncertainty.forde import RepulsiveEnsemble as RepulsiveEnsemble
+from posterity.uncertainty.forde import fit_input_components as fit_input_components
+from posterity.uncertainty.forde import input_gradient_repulsion as input_gradient_repulsion
