@@ -14,3 +14,5 @@ from posterity.uncertainty.forde import FoRDELoss as FoRDELoss
 from posterity.uncertainty.forde import RepulsiveEnsemble as RepulsiveEnsemble
 from posterity.uncertainty.forde import fit_input_components as fit_input_components
 from posterity.uncertainty.forde import input_gradient_repulsion as input_gradient_repulsion
+from posterity.uncertainty.gmogp import GMOGPRegressor as GMOGPRegressor
+from posterity.uncertainty.gmogp import attention_coefficients as attention_coefficients
