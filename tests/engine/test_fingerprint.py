@@ -23,13 +23,16 @@ def test_covers_claim_method_and_the_lab_it_uses_but_no_other_paper(paper):
 
 
 CLAIM = """from posterity.lab.b import f
-x = f()
-@entry("t")
+@comparison(paper="p")
+def claim():
+    return f()
+@bound(paper="p")
 def rival():
     return 1
 """
 LAB = '''"""Doc."""
 import numpy as np
+import os
 K = 2
 # why
 def f():
@@ -47,15 +50,15 @@ def moons():
 def edited(tmp_path, monkeypatch):
     """Return the fingerprint of a claim and a module of the lab after a replacement in either."""
 
-    def make(old="", new="", **options):
+    def make(old="", new="", then=("", ""), claim="claim"):
         assert old in CLAIM + LAB
         files = {name: tmp_path / f"{name}.py" for name in ("posterity.a", "posterity.lab.b")}
         for path, text in zip(files.values(), (CLAIM, LAB), strict=True):
-            path.write_text(text.replace(old, new))
+            path.write_text(text.replace(old, new).replace(*then))
         with monkeypatch.context() as patch:
             patch.setattr(module, "_file", files.get)
             module._parsed.cache_clear()
-            result = module.fingerprint.__wrapped__("posterity.a", **options)
+            result = module.fingerprint.__wrapped__("posterity.a", claim)
         module._parsed.cache_clear()
         return result
 
@@ -75,7 +78,7 @@ def test_comments_layout_and_docstrings_do_not_count(edited):
         ("K, 1", "K, 2"),
         ("K = 2", "K = 3"),
         ("numpy", "cupy"),
-        ("x = f()", "x = f() + 1"),
+        ("return f()", "return f() + 1"),
         ("return 4", "return 5"),
     ],
     ids=["a function", "what it refers to", "what it imports", "the claim", "a registered data set"],
@@ -86,11 +89,24 @@ def test_code_that_is_reached_counts(edited, edit):
 
 def test_the_rest_of_the_lab_does_not_count(edited):
     assert edited("return 3", "return 4") == edited()
+    assert edited("import os", "import re") == edited()
 
 
-def test_an_entry_counts_in_a_comparison_only(edited):
+def test_a_module_counts_by_the_names_taken_from_it(edited):
+    named = CLAIM.replace("from posterity.lab.b import f", "from posterity.lab import b").replace(
+        "f()", "b.f()"
+    )
+    plain = edited(CLAIM, named)
+    assert edited(CLAIM, named, ("return 3", "return 4")) == plain
+    assert edited(CLAIM, named, ("K, 1", "K, 2")) != plain
+    assert edited(CLAIM, named.replace("return b.f()", "return b"), ("return 3", "return 4")) != edited(
+        CLAIM, named.replace("return b.f()", "return b")
+    )
+
+
+def test_other_claims_of_the_file_count_only_in_the_whole(edited):
     assert edited("return 1\n", "return 2\n") == edited()
-    assert edited("return 1\n", "return 2\n", entries=True) != edited(entries=True)
+    assert edited("return 1\n", "return 2\n", claim="") != edited(claim="")
 
 
 def test_versions_of_libraries_count(monkeypatch):

@@ -1,8 +1,8 @@
 """Fingerprints: which code a trial ran, so that other work leaves its evidence current.
 
-A fingerprint covers a claim's file and what it uses of Posterity, transitively: its method,
-whole, and of the lab and the checks the definitions that are reached by name, so that the
-lab can grow. What a module does on import counts as soon as the module is reached:
+A fingerprint covers a claim and what it uses of Posterity, transitively: its method, whole,
+and of its file, the lab and the checks the definitions that are reached by name, so that the
+lab can grow and claims do not wait for each other. What a module does on import counts as soon as the module is reached:
 registered data sets, loops, conditions. Comments, layout and docstrings do not count. The
 versions of torch, numpy and scikit-learn do.
 """
@@ -21,19 +21,17 @@ from posterity.papers import papers
 __all__ = ["fingerprint", "sources"]
 
 LIBRARIES = ("torch", "numpy", "scikit-learn")
+# Decorators of what counts only where it is named; other calls, such as `dataset`, register.
+BY_NAME = {"dataclass", "entry", "comparison", "bound", "trend"}
 # The index, the forms of claims and the engine describe and run; they do not compute.
 SKIP = ("posterity.papers", "posterity.engine")
 
 
 @cache
-def fingerprint(module: str, *, entries: bool = False) -> str:
-    """Return the fingerprint of a module: 12 hexadecimal digits.
-
-    With ``entries``, functions that it registers as entries of a task count: they are part
-    of a comparison, not of a claim.
-    """
+def fingerprint(module: str, claim: str = "") -> str:
+    """Return the fingerprint of a claim of a module, or of a module: 12 hexadecimal digits."""
     digest = hashlib.sha256()
-    for name, statements in sorted(_reached(module, entries).items()):
+    for name, statements in sorted(_reached(module, claim).items()):
         for number in sorted(statements):
             digest.update(f"{name}\0{_parsed(name).meaning(number)}\0".encode())
     for library in LIBRARIES:
@@ -43,7 +41,7 @@ def fingerprint(module: str, *, entries: bool = False) -> str:
 
 def sources(module: str) -> set[str]:
     """Return the name of every module of which something counts."""
-    return set(_reached(module, False))
+    return set(_reached(module, ""))
 
 
 class _Parsed:
@@ -53,19 +51,18 @@ class _Parsed:
         self.body = ast.parse(path.read_text(encoding="utf-8")).body
         self.binds: dict[str, int] = {}
         self.imports: dict[str, tuple[str, str]] = {}
+        self.imported: set[int] = set()  # imports from elsewhere: they count where they are used
         self.always: set[int] = set()
-        self.entries: set[int] = set()
         for number, node in enumerate(self.body):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 ours = dict(_imported(node))
                 self.imports |= ours
                 self.binds |= {name: number for name in map(_bound, node.names) if name not in ours}
+                self.imported.add(number)
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 self.binds[node.name] = number
                 registrars = {_name(each.func) for each in node.decorator_list if isinstance(each, ast.Call)}
-                if "entry" in registrars:
-                    self.entries.add(number)
-                elif registrars - {"dataclass"}:
+                if registrars - BY_NAME:
                     self.always.add(number)
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -85,8 +82,14 @@ class _Parsed:
 
     def uses(self, number: int) -> Iterator[tuple[str, str]]:
         """Yield (module, name) of each import that a statement uses, ("", name) of its own."""
+        reached = set()  # names of modules, of which an attribute is used
         for node in ast.walk(self.body[number]):
-            if isinstance(node, ast.Name) and node.id in self.imports:
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module, name = self.imports.get(node.value.id, ("", ""))
+                if module and not name:
+                    yield module, node.attr
+                    reached.add(node.value)
+            elif isinstance(node, ast.Name) and node.id in self.imports and node not in reached:
                 yield self.imports[node.id]
             elif isinstance(node, ast.Name) and node.id in self.binds:
                 yield "", node.id
@@ -94,27 +97,24 @@ class _Parsed:
                 yield from (target for _, target in _imported(node))
 
 
-def _reached(root: str, entries: bool) -> dict[str, set[int]]:
+def _reached(root: str, claim: str) -> dict[str, set[int]]:
     """Return the numbers of the statements that count, by module."""
     found: dict[str, set[int]] = defaultdict(set)
-    todo: list[tuple[str, str]] = [(root, "")]
+    todo: list[tuple[str, str]] = [(root, claim)]
     while todo:
         module, name = todo.pop()
         if module == "posterity.claims" or module.startswith(SKIP) or _file(module) is None:
             continue
         parsed = _parsed(module)
         new = set(parsed.always)
-        if name in parsed.binds:
-            new.add(parsed.binds[name])
-        elif name in parsed.imports:
+        by_name = module.startswith(("posterity.lab.", "posterity._checks")) or (claim and module == root)
+        if by_name and name in parsed.imports:
             todo.append(parsed.imports[name])
+        elif by_name and name in parsed.binds:
+            new.add(parsed.binds[name])
         else:  # the module as a whole
-            new |= set(parsed.binds.values())
-        if not module.startswith(("posterity.lab.", "posterity._checks")):
-            new |= set(parsed.binds.values())
+            new |= set(parsed.binds.values()) - parsed.imported
         new -= found[module]
-        if not entries and module == root:
-            new -= parsed.entries
         found[module] |= new
         todo += [(of or module, used) for number in new for of, used in parsed.uses(number)]
     return found

@@ -85,7 +85,7 @@ def plan_claims(
                 f"{paper.claims}:{name}",
                 params,
                 seed,
-                fingerprint(paper.claims),
+                fingerprint(paper.claims, name),
                 device,
                 limit,
             )
@@ -271,7 +271,7 @@ def current(slugs: Iterable[str] | None, store: Store) -> tuple[list[list[tuple[
         job = group[0][0]
         paper = papers().get(job.paper)
         names = {outline.name for outline in claim_outlines(paper)} if paper and paper.implemented else set()
-        if paper and job.claim in names and job.code == fingerprint(paper.claims):
+        if paper and job.claim in names and job.code == fingerprint(paper.claims, job.claim):
             kept.append(group)
         elif paper:
             stale += len(group)
@@ -343,9 +343,7 @@ def compare(
     jobs = []
     for name, home in homes.items():
         params = {"task": task, "entry": name, "home": home, "source": source, "data": spec, "target": target}
-        code = "".join(
-            fingerprint(module, entries=True) for module in (home, "posterity.lab.tasks", source) if module
-        )
+        code = "".join(fingerprint(module) for module in (home, "posterity.lab.tasks", source) if module)
         jobs += [
             Job("", f"compare {task}", "posterity.lab.tasks:score_entry", params, seed, code, device, A_WEEK)
             for seed in range(first_seed, first_seed + seeds)
