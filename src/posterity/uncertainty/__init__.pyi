@@ -16,3 +16,5 @@ from posterity.uncertainty.forde import fit_input_components as fit_input_compon
 from posterity.uncertainty.forde import input_gradient_repulsion as input_gradient_repulsion
 from posterity.uncertainty.gmogp import GMOGPRegressor as GMOGPRegressor
 from posterity.uncertainty.gmogp import attention_coefficients as attention_coefficients
+from posterity.uncertainty.sampled_laplace import SampledLaplace as SampledLaplace
+from posterity.uncertainty.sampled_laplace import sample_posterior as sample_posterior
