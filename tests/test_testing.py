@@ -19,6 +19,7 @@ from posterity.testing import (
     check_layer,
     check_loss,
     check_metric,
+    check_neural_process,
     check_solver,
 )
 
@@ -397,3 +398,79 @@ def test_a_toy_process_is_refused(toy):
         check_generative(
             toy(), Affine(), target, mean=torch.tensor([2.0, -1.0]), std=torch.tensor([0.5, 0.5]), atol=0.05
         )
+
+
+# --- neural processes ---
+
+
+class Pooling(nn.Module):
+    """A neural process that passes: the mean of embedded points, decoded at each target."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Linear(2, 6), nn.Linear(7, 2)
+
+    def pool(self, points, mask):
+        return (self.embed(points).tanh() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
+    def decode(self, pooled, x):
+        mean, raw = self.head(torch.cat([pooled[:, None].expand(-1, x.shape[1], -1), x], -1)).chunk(2, -1)
+        return torch.distributions.Normal(mean, raw.exp(), validate_args=False)
+
+    def forward(self, x_context, y_context, x_target, *, context_mask=None):
+        mask = torch.ones(x_context.shape[:2], dtype=torch.bool) if context_mask is None else context_mask
+        return self.decode(self.pool(torch.cat([x_context, y_context], -1), mask), x_target)
+
+    def log_likelihood(
+        self, x_context, y_context, x_target, y_target, *, context_mask=None, target_mask=None
+    ):
+        mask = torch.ones(x_target.shape[:2], dtype=torch.bool) if target_mask is None else target_mask
+        x_target, y_target = (part.masked_fill(~mask[..., None], 0) for part in (x_target, y_target))
+        each = self(x_context, y_context, x_target, context_mask=context_mask).log_prob(y_target)
+        return each.masked_fill(~mask[..., None], 0).sum((1, 2))
+
+    def loss(self, x_context, y_context, x_target, y_target, *, context_mask=None, target_mask=None):
+        value = self.log_likelihood(
+            x_context, y_context, x_target, y_target, context_mask=context_mask, target_mask=target_mask
+        )
+        return -(value / (x_target.shape[1] if target_mask is None else target_mask.sum(1))).mean()
+
+
+class PaddedMean(Pooling):
+    def pool(self, points, mask):
+        return (self.embed(points).tanh() * mask[..., None]).mean(1)
+
+
+class NanWhenEmpty(Pooling):
+    def pool(self, points, mask):
+        return (self.embed(points).tanh() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+class SeesOtherTargets(Pooling):
+    def decode(self, pooled, x):
+        return super().decode(pooled, x + 0.01 * x.cumsum(1))
+
+
+class CountsPadding(Pooling):
+    def loss(self, x_context, y_context, x_target, y_target, **masks):
+        return (
+            -self.log_likelihood(x_context, y_context, x_target, y_target, **masks).mean() / x_target.shape[1]
+        )
+
+
+class InOrder(Pooling):
+    def pool(self, points, mask):
+        return super().pool(
+            points * torch.linspace(1, 1.1, points.shape[1], dtype=points.dtype)[:, None], mask
+        )
+
+
+def test_a_good_neural_process_passes():
+    check_neural_process(Pooling(), dim_x=1, dim_y=1)
+
+
+@pytest.mark.parametrize("toy", [PaddedMean, NanWhenEmpty, SeesOtherTargets, CountsPadding, InOrder])
+def test_a_toy_neural_process_is_refused(toy):
+    with pytest.raises(AssertionError):
+        check_neural_process(toy(), dim_x=1, dim_y=1)

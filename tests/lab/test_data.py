@@ -10,16 +10,36 @@ import pandas as pd
 import pytest
 
 from posterity.lab import data as registry
-from posterity.lab.data import Graph, Images, Points, Series, Table, check, fetch, kind_of, names, split
+from posterity.lab.data import (
+    Functions,
+    Graph,
+    Images,
+    Points,
+    Series,
+    Table,
+    check,
+    fetch,
+    kind_of,
+    names,
+    split,
+)  # fmt: skip
 from posterity.lab.graphs import load_graph, read_planetoid
 from posterity.lab.images import load_images
+from posterity.lab.labelled import load_labelled
 from posterity.lab.points import load_points
 from posterity.lab.series import load_series
 from posterity.lab.tables import load_table, read_frame, table_encoder
 
 PUBLIC = Path(os.environ.get("POSTERITY_DATA") or "../shared/data")
 public = pytest.mark.skipif(not (PUBLIC / "tables").is_dir(), reason="the public files are not here")
-KINDS = {"points": Points, "table": Table, "images": Images, "graph": Graph, "series": Series}
+KINDS = {
+    "points": Points,
+    "table": Table,
+    "images": Images,
+    "graph": Graph,
+    "series": Series,
+    "functions": Functions,
+}
 
 
 def write(path, text):
@@ -266,3 +286,19 @@ def test_a_split_is_disjoint_random_by_seed_and_stratified():
     assert not np.array_equal(parts[0], split(100, (0.6, 0.2, 0.2), 4)[0])
     with pytest.raises(ValueError, match="sum to at most 1"):
         split(10, (0.9, 0.2), 0)
+
+
+def test_features_are_images_of_a_pixel(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(12, 5)), np.arange(12) % 3
+    np.savez(tmp_path / "f.npz", x=x, y=y)
+    images = load_labelled(str(tmp_path / "f.npz"))
+    assert images.x.shape == (12, 5, 1, 1) and images.x.dtype == np.float32
+    np.testing.assert_allclose(images.x[:, :, 0, 0], x, rtol=1e-6)
+    assert images.note == "f.npz: 12 rows of 5 features, 3 classes"
+    np.savez(tmp_path / "g.npz", x=np.where(x > 1, np.nan, x), y=y)
+    with pytest.raises(ValueError, match=r"g.npz: x must be finite numbers"):
+        load_labelled(str(tmp_path / "g.npz"))
+    np.savez(tmp_path / "h.npz", x=x, y=y[:5])
+    with pytest.raises(ValueError, match="got 12 rows and 5 labels"):
+        load_labelled(str(tmp_path / "h.npz"))
+    assert load_labelled("digits").x.shape == (1797, 1, 8, 8)

@@ -19,9 +19,11 @@ import numpy as np
 from numpy import ndarray
 
 __all__ = [
+    "Functions",
     "Graph",
     "Images",
     "Kind",
+    "Labelled",
     "Points",
     "Series",
     "Table",
@@ -60,7 +62,9 @@ class Kind:
 Points = Annotated[str, Kind("points", "points", (".csv", ".parquet", ".npy"))]
 Table = Annotated[str, Kind("table", "tables", (".csv", ".tsv", ".data", ".parquet"))]
 Images = Annotated[str, Kind("images", "images", (".npz",), folder=True)]
+Labelled = Annotated[str, Kind("labelled", "labelled", (".npz",), folder=True)]
 Graph = Annotated[str, Kind("graph", "graphs", (".npz",))]
+Functions = Annotated[str, Kind("functions", "functions", (".csv", ".parquet"))]
 Series = Annotated[str, Kind("series", "series", (".csv", ".parquet", ".txt", ".gz"))]
 
 _REGISTER: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -76,7 +80,7 @@ def dataset(annotation: Any, name: str) -> Callable[[Callable[..., Any]], Callab
 
     Parameters
     ----------
-    annotation : Points, Table, Images, Graph or Series
+    annotation : Points, Table, Images, Labelled, Graph, Functions or Series
         The kind of data that the function returns.
     name : str
         What a user writes after ``--data``.
@@ -112,7 +116,7 @@ def resolve(annotation: Any, spec: str) -> Callable[..., Any] | str | Path:
 
     Parameters
     ----------
-    annotation : Points, Table, Images, Graph or Series
+    annotation : Points, Table, Images, Labelled, Graph, Functions or Series
     spec : str
 
     Returns
@@ -193,7 +197,7 @@ def check(annotation: Any, spec: str, **options: Any) -> str:
 
     Parameters
     ----------
-    annotation : Points, Table, Images, Graph or Series
+    annotation : Points, Table, Images, Labelled, Graph, Functions or Series
     spec : str
         Name or file.
     **options

@@ -1,10 +1,10 @@
-"""A method as one file: the few checks it imports are put in, licence and citation on top."""
+"""A method as one file: what it imports of Posterity is put in, licence and citation on top."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import posterity
-from posterity import _checks
 from posterity.papers import Paper
 
 __all__ = ["vendored"]
@@ -35,45 +35,74 @@ def vendored(paper: Paper) -> str:
     source = paper.method_file.read_text(encoding="utf-8")
     tree = ast.parse(source)
     lines = source.splitlines()
-    wanted: list[str] = []
+    wanted = [pair for node in tree.body for pair in _private_imports(node)]
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module == "posterity._checks":
-            wanted += [alias.name for alias in node.names]
-            for number in range(node.lineno - 1, node.end_lineno or node.lineno):
-                lines[number] = "\0"
-    lines = [line for line in lines if line != "\0"]
+        if list(_private_imports(node)):
+            lines[node.lineno - 1 : node.end_lineno] = ["\0"] * (
+                (node.end_lineno or node.lineno) - node.lineno + 1
+            )
     if wanted:
-        imports = max(
+        last = max(
             node.end_lineno or 0 for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
         )
-        removed = len(source.splitlines()) - len(lines)
-        at = imports - removed
-        lines[at:at] = [*_checks_source(wanted, "\n".join(lines)), ""]
+        lines[last:last] = [*_definitions(wanted, source), ""]
     header = HEADER.format(
         title=paper.title, version=posterity.__version__, module=paper.module,
         bibtex="\n".join("#     " + line for line in paper.bibtex().splitlines()),
     )  # fmt: skip
-    return header + "\n".join(lines).rstrip() + "\n"
+    return header + "\n".join(line for line in lines if line != "\0").rstrip() + "\n"
 
 
-def _checks_source(wanted: list[str], method: str) -> list[str]:
-    """Return imports and functions of `_checks` that are wanted, with what those call."""
-    source = Path(_checks.__file__).read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    needed, todo = set(), list(wanted)
-    while todo:
-        name = todo.pop()
-        if name in functions and name not in needed:
-            needed.add(name)
-            todo += [node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)]
-    bodies = [ast.get_source_segment(source, functions[name]) or "" for name in functions if name in needed]
-    used = {node.id for name in needed for node in ast.walk(functions[name]) if isinstance(node, ast.Name)}
-    imports = []
-    for node in tree.body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            for alias in node.names:
+def _private_imports(node: ast.stmt) -> Iterator[tuple[str, str]]:
+    """Yield (module, name) of what is imported from the checks or from a shared part of the domain."""
+    module = getattr(node, "module", None) or ""
+    if module.startswith("posterity.") and module.rpartition(".")[2].startswith("_"):
+        yield from ((module, alias.name) for alias in getattr(node, "names", []))
+
+
+def _definitions(wanted: list[tuple[str, str]], method: str) -> list[str]:
+    """Return imports and definitions that are wanted, with what those use, dependencies first."""
+    imports: dict[str, None] = {}
+    bodies: dict[tuple[str, str], list[str]] = {}
+
+    def add(module: str, name: str) -> None:
+        if (module, name) in bodies:
+            return
+        source = _source(module)
+        definitions: dict[str, ast.stmt] = {}
+        elsewhere: dict[str, tuple[str, str]] = {}
+        outside: dict[str, str] = {}
+        for node in ast.parse(source).body:
+            private = list(_private_imports(node))
+            if private:
+                elsewhere |= {pair[1]: pair for pair in private}
+            elif isinstance(node, ast.Import | ast.ImportFrom):
                 start = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
-                if (alias.asname or alias.name) in used and start + alias.name not in method:
-                    imports.append(start + alias.name)
-    return [*imports, *(line for body in bodies for line in ["", "", *body.splitlines()])]
+                for alias in node.names:
+                    bound = alias.asname or alias.name
+                    outside[bound] = start + alias.name + (f" as {bound}" if alias.asname else "")
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                definitions[node.name] = node
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                definitions[node.targets[0].id] = node
+        node = definitions[name]
+        for used in dict.fromkeys(each.id for each in ast.walk(node) if isinstance(each, ast.Name)):
+            if used in elsewhere:
+                add(*elsewhere[used])
+            elif used in definitions and used != name:
+                add(module, used)
+            elif used in outside and outside[used] not in method:
+                imports[outside[used]] = None
+        first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
+        gap = [] if isinstance(node, ast.Assign) else ["", ""]
+        bodies[module, name] = gap + source.splitlines()[first - 1 : node.end_lineno]
+
+    for module, name in wanted:
+        add(module, name)
+    return [*imports, *(line for body in bodies.values() for line in body)]
+
+
+def _source(module: str) -> str:
+    return (
+        Path(posterity.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text("utf-8")
+    )

@@ -1,3 +1,8 @@
+from posterity.uncertainty.ar_cnp import ARSample as ARSample
+from posterity.uncertainty.ar_cnp import CNP as CNP
+from posterity.uncertainty.ar_cnp import ConvCNP as ConvCNP
+from posterity.uncertainty.ar_cnp import ar_log_likelihood as ar_log_likelihood
+from posterity.uncertainty.ar_cnp import ar_sample as ar_sample
 from posterity.uncertainty.cider import CIDERLoss as CIDERLoss
 from posterity.uncertainty.cider import KNNScore as KNNScore
 from posterity.uncertainty.cider import compactness_loss as compactness_loss
@@ -16,5 +21,8 @@ from posterity.uncertainty.forde import fit_input_components as fit_input_compon
 from posterity.uncertainty.forde import input_gradient_repulsion as input_gradient_repulsion
 from posterity.uncertainty.gmogp import GMOGPRegressor as GMOGPRegressor
 from posterity.uncertainty.gmogp import attention_coefficients as attention_coefficients
+from posterity.uncertainty.lbanp import LBANP as LBANP
 from posterity.uncertainty.sampled_laplace import SampledLaplace as SampledLaplace
 from posterity.uncertainty.sampled_laplace import sample_posterior as sample_posterior
+from posterity.uncertainty.si_np import SINP as SINP
+from posterity.uncertainty.si_np import self_normalized_weights as self_normalized_weights

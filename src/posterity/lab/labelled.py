@@ -1,0 +1,49 @@
+"""Inputs with classes: images, or rows of features as a network of yours makes them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from posterity.lab.data import Images, Labelled, dataset, kind_of, names, resolve
+from posterity.lab.images import ImageData, load_images
+
+__all__ = ["load_labelled"]
+
+
+def load_labelled(data: str) -> ImageData:
+    """Return images of a name or file, or features as images of a single pixel.
+
+    Parameters
+    ----------
+    data : str
+        What `posterity.lab.images.load_images` takes; or an ``.npz`` with ``x`` of shape
+        (n, d), features of any value, and ``y``.
+
+    Returns
+    -------
+    ImageData
+        Features are channels: ``x`` of shape (n, d, 1, 1).
+    """
+    found = resolve(Labelled, data)
+    if not isinstance(found, Path):
+        return found(0)  # type: ignore[operator]
+    if found.is_file():
+        with np.load(found, allow_pickle=False) as file:
+            if "x" in file and "y" in file and file["x"].ndim == 2:
+                return _features(found.name, file["x"], file["y"].ravel())
+    return load_images(data)
+
+
+def _features(name: str, x: np.ndarray, y: np.ndarray) -> ImageData:
+    if len(x) != len(y):
+        raise ValueError(f"{name}: x must have a label a row, got {len(x)} rows and {len(y)} labels")
+    if x.dtype.kind not in "iuf" or not np.isfinite(x).all():
+        raise ValueError(f"{name}: x must be finite numbers, got {x.dtype} or NaN or infinity in it")
+    labels, codes = np.unique(y, return_inverse=True)
+    note = f"{name}: {len(x)} rows of {x.shape[1]} features, {len(labels)} classes"
+    classes = tuple(map(str, labels))
+    return ImageData(x.astype(np.float32)[:, :, None, None], codes.astype(np.int64), classes, note)
+
+
+for _name in names(kind_of(Images)):
+    dataset(Labelled, _name)(lambda seed, name=_name: load_images(name))
