@@ -29,7 +29,11 @@ def test_evidence_is_current(paper):
         assert row["verdict"] != "error"
     same = evidence["libraries"] == {name: version(name) for name in evidence["libraries"]}
     if same and platform.python_version_tuple()[:2] == tuple(evidence["python"].split(".")[:2]):
-        stale = [row["claim"] for row in evidence["claims"] if row["code"] != fingerprint(paper.claims, row["claim"])]
+        stale = [
+            row["claim"]
+            for row in evidence["claims"]
+            if row["code"] != fingerprint(paper.claims, row["claim"])
+        ]
         assert not stale, f"run `make evidence SLUGS={paper.slug}`"
 
 

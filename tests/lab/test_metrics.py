@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from posterity.lab.metrics import calibration_error, sliced_wasserstein
+from posterity.lab.metrics import calibration_error, node_score, sliced_wasserstein
 
 
 def test_sliced_wasserstein_is_pots():
@@ -33,3 +33,12 @@ def test_calibration_error_is_torchmetrics():
     peer = multiclass_calibration_error(probabilities, target, num_classes=4, n_bins=15)
     assert calibration_error(probabilities, target) == pytest.approx(float(peer), abs=1e-6)
     assert calibration_error(np.eye(3), np.arange(3)) == 0
+
+
+def test_nodes_of_two_classes_are_scored_by_the_roc_curve():
+    scores = torch.tensor([[0.0, 3.0], [0.0, 1.0], [0.0, 2.0], [5.0, 6.1], [9.0, 0.0]])
+    y, rows = torch.tensor([1, 0, 0, 1, 1]), torch.tensor([True, True, True, True, False])
+    assert node_score(scores, y, rows) == pytest.approx(3 / 4)  # of the 4 pairs, one is the wrong way round
+    assert node_score(scores, y, torch.tensor([True, False, False, True, True])) == pytest.approx(2 / 3)
+    three = torch.eye(3)[[0, 1, 2, 2]]
+    assert node_score(three, torch.tensor([0, 1, 2, 0]), torch.ones(4, dtype=torch.bool)) == 0.75

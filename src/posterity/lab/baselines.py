@@ -16,13 +16,14 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import needs
+from posterity.lab.data import split
 from posterity.lab.nets import cnn, mlp, weights
 from posterity.lab.tables import table_encoder
-from posterity.lab.tasks import HISTORY, HORIZON, entry
+from posterity.lab.tasks import HISTORY, HORIZON, entry, image_epochs
 from posterity.lab.training import fit, fit_nodes
 
 __all__: list[str] = []
@@ -87,14 +88,106 @@ def image_neighbours(train: Any, seed: int) -> Predict:
     return lambda x: model.predict_proba(_flat(x))
 
 
+def _classifier(
+    train: Any, seed: int, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+) -> nn.Sequential:
+    """Return a small convolutional network (fully connected for features), trained by AdamW."""
+    x, y = (torch.from_numpy(part) for part in train)
+    n_classes = int(y.max()) + 1
+    if x.shape[2:] == (1, 1):
+        net = mlp(x.shape[1], n_classes, seed=seed)
+    else:
+        net = cnn(x.shape[1], n_classes, seed=seed)
+    fit(net, lambda net, x, y: loss(net(x), y), (x, y), epochs=image_epochs(len(y)), lr=3e-3, optimizer="adamw", weight_decay=1e-2,
+        schedule="cosine", seed=seed)  # fmt: skip
+    return net
+
+
+@torch.no_grad()
+def _outputs(net: nn.Module, x: np.ndarray) -> Tensor:
+    return torch.cat([net(part) for part in torch.from_numpy(x).split(1000)])
+
+
 @entry("image-classification", "CNN")
 def image_cnn(train: Any, seed: int) -> Predict:
-    """Return a small convolutional network, 30 epochs of AdamW with a cosine schedule."""
-    x, y = (torch.from_numpy(part) for part in train)
-    net = cnn(x.shape[1], int(y.max()) + 1, seed=seed)
-    fit(net, lambda net, x, y: F.cross_entropy(net(x), y), (x, y), epochs=30, lr=3e-3, optimizer="adamw",
-        weight_decay=1e-2, schedule="cosine", seed=seed)  # fmt: skip
-    return lambda x: torch.no_grad()(net)(torch.from_numpy(x)).numpy()
+    """Return a small convolutional network, trained by AdamW with a cosine schedule."""
+    net = _classifier(train, seed)
+    return lambda x: _outputs(net, x).numpy()
+
+
+@entry("ood-detection", "maximum softmax")
+def maximum_softmax(train: Any, seed: int) -> Predict:
+    """Return how unsure the network is: minus its largest probability (Hendrycks & Gimpel 2017)."""
+    net = _classifier(train, seed)
+    return lambda x: -_outputs(net, x).softmax(1).amax(1).numpy()
+
+
+@entry("ood-detection", "energy")
+def energy(train: Any, seed: int) -> Predict:
+    """Return minus the logarithm of the sum of exponentiated scores (Liu et al. 2020)."""
+    net = _classifier(train, seed)
+    return lambda x: -_outputs(net, x).logsumexp(1).numpy()
+
+
+@entry("ood-detection", "Mahalanobis")
+def mahalanobis(train: Any, seed: int) -> Predict:
+    """Return the distance of features to the nearest class in the shared covariance (Lee et al. 2018)."""
+    body = _classifier(train, seed)[:-1]
+    z, y = _outputs(body, train[0]), torch.from_numpy(train[1])
+    means = torch.stack([z[y == k].mean(0) for k in range(int(y.max()) + 1)])
+    gram = (z - means[y]).T.cov()
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
+    whiten = torch.linalg.inv(torch.linalg.cholesky(gram + ridge)).T
+    return lambda x: torch.cdist(_outputs(body, x) @ whiten, means @ whiten).amin(1).numpy()
+
+
+@entry("ood-detection", "10th nearest neighbour")
+def nearest_features(train: Any, seed: int) -> Predict:
+    """Return the distance of normalised features to the tenth nearest of training (Sun et al. 2022)."""
+    body = _classifier(train, seed)[:-1]
+    z = F.normalize(_outputs(body, train[0]))
+    k = min(10, len(z))
+    return lambda x: (
+        torch.cdist(F.normalize(_outputs(body, x)), z).topk(k, largest=False).values[:, -1].numpy()
+    )
+
+
+def _probabilities(net: nn.Module, temperature: float = 1.0) -> Predict:
+    return lambda x: (_outputs(net, x) / temperature).softmax(1).numpy()
+
+
+@entry("calibration", "cross-entropy")
+def plain_probabilities(train: Any, seed: int) -> Predict:
+    """Return the network's own probabilities."""
+    return _probabilities(_classifier(train, seed))
+
+
+@entry("calibration", "temperature scaling")
+def temperature_scaling(train: Any, seed: int) -> Predict:
+    """Return probabilities at the temperature that fits a tenth held out best (Guo et al. 2017)."""
+    rows, held_out = split(len(train[1]), (0.9, 0.1), seed, stratify=train[1])
+    net = _classifier((train[0][rows], train[1][rows]), seed)
+    scores, y = _outputs(net, train[0][held_out]), torch.from_numpy(train[1][held_out])
+    temperatures = np.geomspace(0.1, 10, 201)
+    losses = [float(F.cross_entropy(scores / t, y)) for t in temperatures]
+    return _probabilities(net, float(temperatures[int(np.argmin(losses))]))
+
+
+@entry("calibration", "label smoothing")
+def label_smoothing(train: Any, seed: int) -> Predict:
+    """Return probabilities of a network trained on labels smoothed by 0.05 (Müller et al. 2019)."""
+    return _probabilities(_classifier(train, seed, lambda z, y: F.cross_entropy(z, y, label_smoothing=0.05)))
+
+
+@entry("calibration", "focal loss")
+def focal_loss(train: Any, seed: int) -> Predict:
+    """Return probabilities of a network trained by the focal loss of power 2 (Mukhoti et al. 2020)."""
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        log_p = z.log_softmax(1).gather(1, y[:, None])[:, 0]
+        return -((1 - log_p.exp()).square() * log_p).mean()
+
+    return _probabilities(_classifier(train, seed, loss))
 
 
 class GraphNet(nn.Module):
@@ -118,7 +211,7 @@ class GraphNet(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         """Return scores of shape (nodes, n_out)."""
         x = self.dropout(self.encoder(self.dropout(x)).relu())
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -152,7 +245,7 @@ def nodes_mlp(train: Any, seed: int) -> Predict:
             super().__init__()
             self.net = mlp(graph.x.shape[1], int(graph.y.max()) + 1, dropout=0.5, seed=seed)
 
-        def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
             return self.net(x)
 
     net = Alone()

@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 from numpy import ndarray
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-__all__ = ["calibration_error", "sliced_wasserstein"]
+__all__ = ["calibration_error", "node_score", "sliced_wasserstein"]
 
 
 def sliced_wasserstein(
@@ -65,3 +66,23 @@ def calibration_error(
     bins = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
     gap = np.bincount(bins, correct - confidence, minlength=n_bins)
     return float(np.abs(gap).sum() / len(target))
+
+
+def node_score(scores: Tensor, y: Tensor, rows: Tensor) -> float:
+    """Return how well nodes are classified: the area under the ROC curve for two classes, else accuracy.
+
+    Parameters
+    ----------
+    scores : Tensor of shape (nodes, classes)
+    y : Tensor of shape (nodes,), int64
+    rows : Tensor of shape (nodes,), bool
+        The nodes that count.
+
+    Returns
+    -------
+    float
+        With a single class among the nodes that count, accuracy.
+    """
+    if scores.shape[1] == 2 and len(y[rows].unique()) == 2:
+        return float(roc_auc_score(y[rows].cpu(), (scores[rows, 1] - scores[rows, 0]).detach().cpu()))
+    return float((scores[rows].argmax(1) == y[rows]).float().mean())

@@ -9,6 +9,8 @@ task                    train                               predict
 tabular-regression      (X frame, y standardised)           frame -> (n,)
 tabular-classification  (X frame, y codes)                  frame -> probabilities (n, classes)
 image-classification    (x (n, c, h, w), y)                 x -> scores (n, classes)
+ood-detection           (x (n, c, h, w), y)                 x -> (n,), higher for unknown classes
+calibration             (x (n, c, h, w), y)                 x -> probabilities (n, classes)
 node-classification     (graph, train mask, val mask)       graph -> scores (nodes, classes)
 forecasting             series (time, c), standardised      (n, 96, c) -> (n, 24, c)
 imputation              series (time, c), standardised      (time, c) with NaN -> the same, filled
@@ -25,16 +27,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, roc_auc_score
 
 from posterity.claims import Trial
-from posterity.lab.data import Graph, Images, Series, Table, split
+from posterity.lab.data import Graph, Images, Labelled, Series, Table, split
 from posterity.lab.graphs import load_graph
 from posterity.lab.images import load_images
+from posterity.lab.labelled import load_labelled
+from posterity.lab.metrics import calibration_error, node_score
 from posterity.lab.series import load_series
 from posterity.lab.tables import load_table
 
-__all__ = ["HISTORY", "HORIZON", "TASKS", "Entry", "Task", "entries", "entry", "score_entry"]
+__all__ = ["HISTORY", "HORIZON", "TASKS", "Entry", "Task", "entries", "entry", "image_epochs", "score_entry"]
 
 HISTORY, HORIZON = 96, 24  # of a forecast, in steps
 HIDDEN = 0.25  # share of entries that imputation hides
@@ -110,11 +114,59 @@ def _images(fit: Callable[..., Any], seed: int, data: str, target: str | None) -
     return float((scores.argmax(1) == images.y[test]).mean())
 
 
+def _standardised(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return features standardised by these rows, images as they are."""
+    if x.shape[2:] != (1, 1):
+        return x
+    scale = x[rows].std(0)
+    return (x - x[rows].mean(0)) / np.where(scale > 0, scale, 1)
+
+
+def image_epochs(n: int) -> int:
+    """Return how many epochs of batches of 64 an entry trains on n images: 30, or 600 steps.
+
+    Parameters
+    ----------
+    n : int
+
+    Returns
+    -------
+    int
+    """
+    return max(30, -(-600 // -(-n // 64)))
+
+
+def _unknown(fit: Callable[..., Any], seed: int, data: str, target: str | None) -> float:
+    """Hide two classes in five from training, and ask which test images are of them."""
+    images = load_labelled(data)
+    n_classes = len(images.classes)
+    if n_classes < 3:
+        raise ValueError(f"{data}: ood-detection needs 3 classes, some of them to hide, has {n_classes}")
+    shown = np.random.default_rng(seed).permutation(n_classes)[: max(2, round(0.6 * n_classes))]
+    code = np.full(n_classes, -1)
+    code[shown] = np.arange(len(shown))
+    y = code[images.y]
+    known = np.flatnonzero(y >= 0)
+    train, test = (known[part] for part in split(len(known), (0.75, 0.25), seed, stratify=y[known]))
+    x = _standardised(images.x, train)
+    score = fit((x[train], y[train]), seed)
+    asked = np.concatenate([test, np.flatnonzero(y < 0)])
+    return float(roc_auc_score(y[asked] < 0, np.asarray(score(x[asked]))))
+
+
+def _calibration(fit: Callable[..., Any], seed: int, data: str, target: str | None) -> float:
+    images = load_labelled(data)
+    train, test = split(len(images.y), (0.5, 0.5), seed, stratify=images.y)
+    x = _standardised(images.x, train)
+    shares = np.asarray(fit((x[train], images.y[train]), seed)(x[test]))
+    return calibration_error(shares, images.y[test])
+
+
 def _nodes(fit: Callable[..., Any], seed: int, data: str, target: str | None) -> float:
     graph = load_graph(data, seed=seed)
     train, val, test = graph.split(seed)
     scores = torch.as_tensor(fit((graph, train, val), seed)(graph))
-    return float((scores.argmax(1)[test] == graph.y[test]).float().mean())
+    return node_score(scores, graph.y, test)
 
 
 def _series_parts(data: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +207,11 @@ TASKS = {
         Task("tabular-regression", Table, _TABLE_ERROR, "lower", "diabetes", _regression),
         Task("tabular-classification", Table, "log loss", "lower", "wine", _classification),
         Task("image-classification", Images, "accuracy", "higher", "digits", _images),
-        Task("node-classification", Graph, "accuracy", "higher", "digits", _nodes),
+        Task("ood-detection", Labelled, "ROC AUC of hidden classes", "higher", "digits", _unknown),
+        Task("calibration", Labelled, "expected calibration error", "lower", "digits", _calibration),
+        Task(
+            "node-classification", Graph, "accuracy, or ROC AUC for two classes", "higher", "digits", _nodes
+        ),
         Task("forecasting", Series, "mean squared error, standardised", "lower", "two-rhythms", _forecasting),
         Task(
             "imputation", Series, "mean squared error of hidden entries", "lower", "two-rhythms", _imputation

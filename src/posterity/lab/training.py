@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import needs, one_of
+from posterity.lab.metrics import node_score
 from posterity.lab.nets import seeded
 
 __all__ = ["History", "fit", "fit_nodes"]
@@ -203,7 +204,7 @@ def fit_nodes(
     net: nn.Module, train: Any, seed: int, *, epochs: int = 200, lr: float = 1e-2, weight_decay: float = 5e-4,
     optimizer: str = "adam", device: str = "cpu",
 ) -> float:  # fmt: skip
-    """Train a node classifier on full batches and return its best validation accuracy.
+    """Train a node classifier on full batches and return its best validation score.
 
     Parameters
     ----------
@@ -219,6 +220,7 @@ def fit_nodes(
     Returns
     -------
     float
+        As `posterity.lab.metrics.node_score` counts.
     """
     graph, rows, val = train
     inputs = (graph.x[None], graph.edge_index[None], graph.y[None])
@@ -227,7 +229,7 @@ def fit_nodes(
         return F.cross_entropy(net(x[0], edges[0])[rows], y[0][rows])
 
     def validate(net: nn.Module) -> float:
-        return -float((net(graph.x, graph.edge_index).argmax(1)[val] == graph.y[val]).float().mean())
+        return -node_score(net(graph.x, graph.edge_index), graph.y, val)
 
     history = fit(net, loss, inputs, epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer,
                   seed=seed, device=device, validate=validate)  # fmt: skip

@@ -72,6 +72,7 @@ def ar_log_likelihood(
     x_context, y_context : Tensor of shape (tasks, n, dim_x) and (tasks, n, dim_y)
         n may be 0.
     x_target, y_target : Tensor of shape (tasks, m, dim_x) and (tasks, m, dim_y)
+        Where to predict, and what came.
     context_mask, target_mask : Tensor of shape (tasks, n) and (tasks, m), bool, optional
         True for a real point. A masked target adds 0 and is never put into the context.
     order : {"random", "given", "left-to-right"} or Tensor, default="random"
@@ -145,10 +146,12 @@ def ar_sample(
 
     Parameters
     ----------
-    model, x_context, y_context, x_target, context_mask, order : Any
+    model, x_context, y_context, x_target : Any
         As for `ar_log_likelihood`.
     n_samples : int
         All samples of all tasks go through the model as one batch, a call a target.
+    context_mask, order : Any
+        As for `ar_log_likelihood`.
     generator : torch.Generator, optional
         Draws the order and the noise.
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from posterity._checks import integer
 from posterity.claims import Trial, comparison
 from posterity.lab.data import Images, split
 from posterity.lab.images import load_images
-from posterity.lab.nets import weights
+from posterity.lab.nets import cnn, mlp, weights
+from posterity.lab.tasks import entry, image_epochs
 from posterity.lab.training import fit
 from posterity.uncertainty import (
     CIDERLoss,
@@ -180,3 +182,39 @@ def detection(
         limit = score.threshold(features["x_test"])
         rates[arm] = float((score.score(features["x_ood"]) <= limit).float().mean())
     return rates
+
+
+@entry("ood-detection", "CIDER", paper="cider")
+def unknown_score(train: Any, seed: int) -> Any:
+    """Return the distance to the tenth nearest training embedding of a network trained by CIDER."""
+    x, y = (torch.from_numpy(part) for part in train)
+    n_classes = int(y.max()) + 1
+    one_pixel = x.shape[2:] == (1, 1)
+    net = (mlp(x.shape[1], n_classes, seed=seed) if one_pixel else cnn(x.shape[1], n_classes, seed=seed))[:-1]
+    sizes = net(x[:2]).shape[1], WIDTH
+    head = mlp(sizes[0], WIDTH, width=128, depth=1, seed=seed)
+    both = nn.Sequential(net, head)
+    criterion = CIDERLoss(n_classes, WIDTH, compactness_weight=2 / 0.7)
+    with torch.no_grad():
+        criterion.initialize(F.normalize(both.eval()(x)), y)
+
+    def seen(x: Tensor) -> Tensor:  # features have no neighbours to move to
+        return x + 0.1 * torch.randn_like(x) if one_pixel else _view(x)
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return criterion(F.normalize(net(torch.cat([seen(x), seen(x)]))), y.repeat(2))
+
+    fit(
+        both,
+        loss,
+        (x, y),
+        epochs=image_epochs(len(y)),
+        lr=3e-3,
+        optimizer="adamw",
+        weight_decay=1e-2,
+        schedule="cosine",
+        seed=seed,
+    )
+    with torch.no_grad():
+        score = KNNScore(k=min(10, len(x))).fit(net(x))
+    return torch.no_grad()(lambda x: score.score(net(torch.from_numpy(x))).numpy())

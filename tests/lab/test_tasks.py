@@ -1,0 +1,75 @@
+"""Tasks: every entry on images and on features, and what the scores measure."""
+
+import numpy as np
+import pytest
+
+from posterity.claims.uncertainty import cider, esd
+from posterity.lab import baselines
+from posterity.lab.tasks import TASKS, entries
+
+
+@pytest.fixture
+def features(tmp_path):
+    """Return a file of five classes that lie apart, as rows."""
+    rng = np.random.default_rng(0)
+    y = np.arange(150) % 5
+    np.savez(tmp_path / "d.npz", x=3 * np.eye(12)[2 * y] + rng.normal(size=(150, 12)), y=y)
+    return str(tmp_path / "d.npz")
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """Return a file of images with a bright spot where their class has it; training is short."""
+    for module in (baselines, cider, esd):
+        monkeypatch.setattr(module, "image_epochs", lambda n: 20)
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 5
+    x = 0.5 * np.eye(25)[3 * y] + 0.4 * rng.random((60, 25))
+    np.savez(tmp_path / "i.npz", x=x.reshape(60, 5, 5), y=y)
+    return str(tmp_path / "i.npz")
+
+
+@pytest.mark.parametrize(
+    "name", ["maximum softmax", "energy", "Mahalanobis", "10th nearest neighbour", "CIDER"]
+)
+def test_unknown_classes_score_higher(name, features):
+    assert TASKS["ood-detection"].score(entries("ood-detection")[name].fit, 0, features, None) > 0.6
+
+
+def test_unknown_images(images):
+    for name in ("energy", "CIDER"):
+        assert 0.3 < TASKS["ood-detection"].score(entries("ood-detection")[name].fit, 0, images, None) <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("cross-entropy", "features"), ("temperature scaling", "features"), ("label smoothing", "features"),
+     ("focal loss", "features"), ("ESD", "features"), ("ESD", "images")],
+)  # fmt: skip
+def test_probabilities_are_compared_with_outcomes(name, kind, request):
+    seen = []
+
+    def fit(train, seed):
+        predict = entries("calibration")[name].fit(train, seed)
+        return lambda x: seen.append(predict(x)) or seen[-1]
+
+    error = TASKS["calibration"].score(fit, 0, request.getfixturevalue(kind), None)
+    assert 0 <= error < 0.5
+    np.testing.assert_allclose(seen[0].sum(1), 1, atol=1e-5)
+
+
+def test_hidden_classes_are_never_trained_on(features):
+    shown = []
+
+    def fit(train, seed):
+        shown.append(np.unique(train[1]))
+        return lambda x: np.zeros(len(x))
+
+    assert TASKS["ood-detection"].score(fit, 0, features, None) == 0.5
+    assert shown[0].tolist() == [0, 1, 2]
+
+
+def test_two_classes_leave_none_to_hide(tmp_path):
+    np.savez(tmp_path / "two.npz", x=np.random.default_rng(0).random((20, 4)), y=np.arange(20) % 2)
+    with pytest.raises(ValueError, match="ood-detection needs 3 classes, some of them to hide, has 2"):
+        TASKS["ood-detection"].score(lambda train, seed: None, 0, str(tmp_path / "two.npz"), None)
