@@ -27,7 +27,7 @@ __all__ = ["CNP", "ARSample", "ConvCNP", "ar_log_likelihood", "ar_sample"]
 
 Order = Literal["random", "given", "left-to-right"] | Tensor
 MAX_GRID = 100_000
-CHUNK = 512  # grids that go through the network together
+CHUNK = 128  # grids that go through the network together: more leave the cache
 
 
 class ARSample(NamedTuple):
