@@ -166,8 +166,9 @@ def test_a_trial_that_raises_gives_exit_code_1_and_the_reason(tmp_path):
 def test_ctrl_c_keeps_what_is_stored_and_says_how_to_go_on():
     words = ["run", *FAST, "--seeds", "500", "--workers", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "posterity", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "posterity", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
+    )  # fmt: skip
     for line in process.stderr:
         if line.startswith("[2/"):
             break
