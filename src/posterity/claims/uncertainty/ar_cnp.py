@@ -72,7 +72,7 @@ def joint_predictions(
     says="On data of a Gaussian process no order of prediction beats the true joint density on average.",
     where="Bruinsma et al., Section 3",
     metric="largest mean gain over the exact joint log-density over orders, in standard errors",
-    limit=3.0,
+    limit=1.0,
     smallest={"steps": 20, "n_tasks": 8},
 )
 def never_above_the_truth(
