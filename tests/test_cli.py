@@ -229,3 +229,6 @@ def test_compare_ranks_entries_with_ties_and_intervals(tmp_path):
     assert {"linear", "gradient boosting", "tuned MLP", "random forest"} <= {row["entry"] for row in found}
     assert "tangos" in {row["paper"] for row in found}
     assert found[0]["entry"] == "linear"
+    code, out, err = call("compare", "tabular-regression", "--data", table, "--target", "price", "--seeds", 2)
+    assert code == 0 and "were stored and not run again" in err
+    assert out.split()[:3] == ["rank", "entry", "paper"] and "= ties:" in out

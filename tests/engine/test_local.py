@@ -1,6 +1,10 @@
 """Worker processes: same numbers as in this process, and trouble stays with its trial."""
 
+import json
+import subprocess
+import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -46,6 +50,19 @@ def test_leaving_early_ends_the_workers(jobs):
     for _ in run_local(jobs("slow", 1) + jobs("slow", 1, seconds=60.0), workers=2):
         break
     assert time.monotonic() - start < 30
+
+
+def test_a_worker_serves_jobs_and_ends_with_its_parent_even_in_the_midst_of_a_trial(jobs):
+    words = [sys.executable, "-m", "posterity.engine.worker"]
+    worker = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for job in jobs("slow", 2, seconds=0.0):
+        worker.stdin.write(json.dumps(asdict(job)) + "\n")
+        worker.stdin.flush()
+        assert json.loads(worker.stdout.readline())["value"] == job.seed
+    worker.stdin.write(json.dumps(asdict(jobs("slow", 1, seconds=600.0)[0])) + "\n")
+    worker.stdin.close()
+    assert worker.wait(timeout=60) == 0
+    worker.stdout.close()
 
 
 def test_no_jobs_no_workers():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from posterity.claims.uncertainty import cider, esd
+from posterity.engine.run import compare
 from posterity.lab import baselines
 from posterity.lab.tasks import TASKS, entries
 
@@ -69,7 +70,17 @@ def test_hidden_classes_are_never_trained_on(features):
     assert shown[0].tolist() == [0, 1, 2]
 
 
-def test_two_classes_leave_none_to_hide(tmp_path):
-    np.savez(tmp_path / "two.npz", x=np.random.default_rng(0).random((20, 4)), y=np.arange(20) % 2)
-    with pytest.raises(ValueError, match="ood-detection needs 3 classes, some of them to hide, has 2"):
-        TASKS["ood-detection"].score(lambda train, seed: None, 0, str(tmp_path / "two.npz"), None)
+def test_two_classes_leave_none_to_hide_which_is_said_before_any_trial(tmp_path):
+    two = tmp_path / "two.npz"
+    np.savez(two, x=np.random.default_rng(0).random((20, 4)), y=np.arange(20) % 2)
+    with pytest.raises(ValueError, match="3 classes are needed here, has 2"):
+        compare("ood-detection", data=str(two))
+    assert compare("calibration", data=str(two))[0]
+
+
+def test_an_entry_is_run_by_the_module_that_registers_it_however_often_jobs_are_made():
+    for _ in range(2):
+        jobs, _, _ = compare("node-classification", seeds=1)
+        homes = {job.params["entry"]: job.params["home"] for job in jobs}
+        assert homes["GCN"] == "posterity.lab.baselines"
+        assert homes["A-DGN"] == "posterity.claims.graphs.a_dgn"

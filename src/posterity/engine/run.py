@@ -326,11 +326,9 @@ def compare(
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     question = TASKS[task]
-    homes = {}
     for module in entry_modules(task):
         import_module(module)
-        for name in entries(task):
-            homes.setdefault(name, module)
+    homes = {name: each.fit.__module__ for name, each in entries(task).items()}
     spec = data or question.data
     options = question.options(target)
     note = check(question.kind, spec, **options)

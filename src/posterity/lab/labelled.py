@@ -10,7 +10,7 @@ from posterity.lab.images import ImageData, load_images
 __all__ = ["load_labelled"]
 
 
-def load_labelled(data: str) -> ImageData:
+def load_labelled(data: str, *, min_classes: int = 2) -> ImageData:
     """Return images of a name or file, or features as images of a single pixel.
 
     Parameters
@@ -18,12 +18,21 @@ def load_labelled(data: str) -> ImageData:
     data : str
         What `posterity.lab.images.load_images` takes; or an ``.npz`` with ``x`` of shape
         (n, d), features of any value, and ``y``.
+    min_classes : int, default=2
+        Fewer are refused.
 
     Returns
     -------
     ImageData
         Features are channels: ``x`` of shape (n, d, 1, 1).
     """
+    loaded = _load(data)
+    if len(loaded.classes) < min_classes:
+        raise ValueError(f"{data}: {min_classes} classes are needed here, has {len(loaded.classes)}")
+    return loaded
+
+
+def _load(data: str) -> ImageData:
     found = resolve(Labelled, data)
     if not isinstance(found, Path):
         return found(0)  # type: ignore[operator]

@@ -1,0 +1,82 @@
+"""Settings from the command line are typed, and comparisons are ranked with their failures."""
+
+from typing import Annotated, Literal
+
+import pytest
+
+from posterity.engine import cluster, run
+from posterity.engine.store import Job, Outcome, Store
+from posterity.lab.tasks import TASKS
+
+
+@pytest.mark.parametrize(
+    ("text", "annotation", "value"),
+    [
+        ("3", int, 3), ("1e-3", float, 1e-3), ("3", float, 3.0), ("yes", bool, True), ("False", bool, False),
+        ("ecc", Literal["dist", "ecc"], "ecc"), ("2", Literal[1, 2], 2), ("(2, 8)", tuple[int, ...], [2, 8]),
+        ("", tuple[int, ...], []), ("0.1,0.2", list[float], [0.1, 0.2]), ("none", int | None, None),
+        ("4", int | None, 4), ("a.csv", Annotated[str, "kind"], "a.csv"),
+    ],
+)  # fmt: skip
+def test_a_setting_becomes_what_the_signature_says(text, annotation, value):
+    got = run.typed("p", text, annotation)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "annotation", "said"),
+    [
+        ("2.5", int, "p must be"), ("wide", float, "p must be"), ("maybe", bool, "p must be true or false"),
+        ("near", Literal["dist", "ecc"], "p must be one of dist, ecc, got 'near'"),
+        ("1,x", tuple[int, ...], "p must be"),
+    ],
+)  # fmt: skip
+def test_another_text_is_refused_by_name(text, annotation, said):
+    with pytest.raises(ValueError, match=said):
+        run.typed("p", text, annotation)
+
+
+@pytest.mark.parametrize(("on", "address"), [("ray", None), ("ray://head:10001", "ray://head:10001")])
+def test_ray_gets_what_is_not_stored(on, address, jobs, monkeypatch):
+    first, second = jobs("draw", 2)
+    store = Store()
+    store.put(first, Outcome(value=1.0))
+    asked = []
+
+    def run_on_ray(missing, *, address, workers):
+        asked.append((list(missing), address, workers))
+        yield second, Outcome(value=2.0)
+
+    monkeypatch.setattr(cluster, "run_on_ray", run_on_ray)
+    found = [
+        (job.seed, outcome.value, known) for job, outcome, known in run.execute([first, second], store, on=on)
+    ]
+    assert found == [(0, 1.0, True), (1, 2.0, False)]
+    assert asked == [([second], address, None)]
+    assert store.get([second])[second.key].value == 2.0
+
+
+def test_trials_of_other_code_are_counted_and_not_shown():
+    store = Store()
+    store.put(
+        Job("esd", "unbiased", "posterity.claims.uncertainty.esd:unbiased", {}, 0, "other"),
+        Outcome(value=0.0),
+    )
+    assert run.current(["esd"], store) == ([], 1)
+
+
+def test_an_entry_that_fails_is_ranked_last_with_its_reason():
+    values = {"a": [0.1, 0.2, 0.3], "b": [1.1, 1.2, 1.3]}
+    pairs = [
+        (Job("", "compare", "", {"entry": name}, seed, ""), Outcome(value=value))
+        for name, each in values.items()
+        for seed, value in enumerate(each)
+    ]
+    pairs.append((Job("", "compare", "", {"entry": "c"}, 0, ""), Outcome(error="no")))
+    rows = run._rank(TASKS["tabular-regression"], pairs, {"a": "", "b": "esd", "c": ""})
+    assert [(row["rank"], row["entry"], row["paper"]) for row in rows] == [
+        (1, "a", None),
+        (2, "b", "esd"),
+        (None, "c", None),
+    ]
+    assert rows[2]["error"] == "no"
