@@ -5,6 +5,7 @@ import math
 from typing import get_args
 
 import pytest
+import torch
 
 from posterity.claims import Claim, Trial, bound, comparison, trend
 from posterity.engine.discovery import claim_outlines, load_claims
@@ -52,6 +53,15 @@ def test_smallest_setting_runs_and_repeats(paper, name, as_a_user):
     assert all(math.isfinite(value) for value in values)
     if not claim.timed:
         assert perform(job)["value"] == first["value"], "one seed, one result"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this torch sees no CUDA device")
+@pytest.mark.parametrize(("paper", "name"), CLAIMS)
+def test_smallest_setting_runs_on_cuda(paper, name, as_a_user):
+    claim = load_claims(paper)[name]
+    value = claim(Trial(12345, device="cuda"), **{**claim.defaults, **claim.smallest})
+    values = value.values() if isinstance(value, dict) else [value]
+    assert all(math.isfinite(value) for value in values)
 
 
 def declare(form, **facts):

@@ -168,7 +168,7 @@ class Sum(nn.Module):
 
 class Positional(Sum):
     def forward(self, x, edge_index):
-        return super().forward(x, edge_index) + torch.arange(len(x))[:, None] / 10
+        return super().forward(x, edge_index) + torch.arange(len(x), device=x.device)[:, None] / 10
 
 
 class Global(Sum):
@@ -191,9 +191,7 @@ class LastWins(Sum):
 
 class MeanOfNothing(Sum):
     def forward(self, x, edge_index):
-        count = torch.zeros(len(x), dtype=x.dtype).index_add(
-            0, edge_index[1], torch.ones_like(edge_index[1]).to(x)
-        )
+        count = torch.zeros_like(x[:, 0]).index_add(0, edge_index[1], torch.ones_like(edge_index[1]).to(x))
         total = torch.zeros_like(x).index_add(0, edge_index[1], self.near(x)[edge_index[0]])
         return self.own(x) + total / count[:, None]
 
@@ -305,7 +303,7 @@ class Result:
 
 def project(a):
     ordered = a.sort(dim=-1, descending=True).values
-    rank = torch.arange(1, a.shape[-1] + 1, dtype=a.dtype)
+    rank = torch.arange(1, a.shape[-1] + 1, dtype=a.dtype, device=a.device)
     theta = ((ordered.cumsum(-1) - 1) / rank).masked_fill(ordered * rank <= ordered.cumsum(-1) - 1, -math.inf)
     return (a - theta.max(-1, keepdim=True).values).clamp_min(0)
 
@@ -361,11 +359,15 @@ class Affine(nn.Module):
 
 class Process:
     def loss(self, net, x, generator=None):
-        return (x - net.mean).square().mean() + 0 * torch.rand((), generator=generator)
+        return (x - net.mean).square().mean() + 0 * torch.rand(
+            (), generator=generator, device=generator.device
+        )
 
     @torch.no_grad()
     def sample(self, net, n, generator=None):
-        return net.mean + 0.5 * torch.randn(n, 2, generator=generator).to(net.mean)
+        return net.mean + 0.5 * torch.randn(
+            n, 2, generator=generator, device=generator and generator.device
+        ).to(net.mean)
 
 
 class Narrow(Process):
@@ -419,13 +421,13 @@ class Pooling(nn.Module):
         return torch.distributions.Normal(mean, raw.exp(), validate_args=False)
 
     def forward(self, x_context, y_context, x_target, *, context_mask=None):
-        mask = torch.ones(x_context.shape[:2], dtype=torch.bool) if context_mask is None else context_mask
+        mask = torch.ones_like(x_context[..., 0]).bool() if context_mask is None else context_mask
         return self.decode(self.pool(torch.cat([x_context, y_context], -1), mask), x_target)
 
     def log_likelihood(
         self, x_context, y_context, x_target, y_target, *, context_mask=None, target_mask=None
     ):
-        mask = torch.ones(x_target.shape[:2], dtype=torch.bool) if target_mask is None else target_mask
+        mask = torch.ones_like(x_target[..., 0]).bool() if target_mask is None else target_mask
         x_target, y_target = (part.masked_fill(~mask[..., None], 0) for part in (x_target, y_target))
         each = self(x_context, y_context, x_target, context_mask=context_mask).log_prob(y_target)
         return each.masked_fill(~mask[..., None], 0).sum((1, 2))
@@ -461,9 +463,7 @@ class CountsPadding(Pooling):
 
 class InOrder(Pooling):
     def pool(self, points, mask):
-        return super().pool(
-            points * torch.linspace(1, 1.1, points.shape[1], dtype=points.dtype)[:, None], mask
-        )
+        return super().pool(points * torch.linspace(1, 1.1, points.shape[1]).to(points)[:, None], mask)
 
 
 def test_a_good_neural_process_passes():

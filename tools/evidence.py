@@ -9,7 +9,7 @@ from pathlib import Path
 from posterity.engine.run import execute, judge, plan_claims
 from posterity.engine.store import Store
 from posterity.papers import get, papers
-from posterity.site.figures import dots
+from posterity.site.figures import alone, dots
 
 ROOT = Path(__file__).parent.parent
 DIGITS = 6
@@ -63,17 +63,10 @@ def main() -> None:
     readme()
 
 
-STYLE = """<style>svg{background:#fff;font:12px system-ui,sans-serif}text{fill:#1c1e21}.soft{fill:#5b6270}
-.axis{stroke:#c9ced6}.mark{stroke:#5b6270;stroke-dasharray:4 4}.dot{fill:#0b57b7;fill-opacity:.75}.mean{fill:#1c1e21}
-.interval{stroke:#1c1e21;stroke-width:3}</style>"""
-
-
 def picture() -> None:
     """Draw the README's verdict: the first claim of rectified-flow."""
     evidence = json.loads((ROOT / "evidence" / "rectified-flow.json").read_text(encoding="utf-8"))
-    svg = dots(evidence["claims"][0]).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    head, end, rest = svg.partition(">")
-    (ROOT / "docs" / "verdict.svg").write_text(head + end + STYLE + rest + "\n", encoding="utf-8")
+    (ROOT / "docs" / "verdict.svg").write_text(alone(dots(evidence["claims"][0])), encoding="utf-8")
 
 
 def readme() -> None:

@@ -2,7 +2,9 @@
 
 Each check takes an object (or what makes one) and inputs, and raises ``AssertionError``
 with the property that does not hold. They test what users of the kind rely on; what a
-paper's mathematics promises is tested beside the paper.
+paper's mathematics promises is tested beside the paper. Where torch sees a CUDA device,
+losses, layers, metrics, solvers, neural and generative processes must agree on it with
+the CPU.
 """
 
 import copy
@@ -38,6 +40,17 @@ def _floats(inputs: Sequence[Any], make: Callable[[Tensor], Tensor]) -> list[Any
 
 def _leaves(inputs: Sequence[Any]) -> list[Any]:
     return _floats(inputs, lambda x: x.detach().clone().requires_grad_(x.requires_grad))
+
+
+def _accelerators() -> list[torch.device]:
+    """Return the devices beside the CPU on which a check is made again."""
+    return [torch.device("cuda")] if torch.cuda.is_available() else []
+
+
+def _on(device: torch.device, inputs: Sequence[Any]) -> list[Any]:
+    return [
+        x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs
+    ]
 
 
 def _global_state() -> tuple[Any, ...]:
@@ -138,6 +151,17 @@ def check_loss(
         batch = [x[order] if isinstance(x, Tensor) and x.ndim and len(x) == len(order) else x for x in inputs]
         _same(loss(*batch), value, "the order of the batch matters")
 
+    grads = torch.autograd.grad(value.sum(), wants)
+    for device in _accelerators():
+        there = _on(device, inputs)
+        far = copy.deepcopy(loss).to(device)(*there)
+        assert far.device.type == device.type, f"on {device} the loss is on {far.device}"
+        _same(far.cpu(), value, f"{device} agrees with the CPU")
+        theirs = torch.autograd.grad(
+            far.sum(), [x for x in there if isinstance(x, Tensor) and x.requires_grad]
+        )
+        _same([grad.cpu() for grad in theirs], list(grads), f"the gradient on {device}")
+
     again = pickle.loads(pickle.dumps(loss))
     _same(again(*inputs), value, "pickling changes it")
     if compiles:
@@ -203,6 +227,12 @@ def check_layer(
     got = double(*_floats(inputs, lambda x: x.detach().double()), **options)
     assert got.dtype == torch.float64, f"float64 in, float64 out, got {got.dtype}"
     _same(got.to(out.dtype), out.detach(), "float64 agrees with the dtype given", rtol=1e-3, atol=1e-4)
+    for device in _accelerators():
+        there = _on(device, _floats(inputs, lambda x: x.detach().double()))
+        moved = {name: _on(device, [value])[0] for name, value in options.items()}
+        far = copy.deepcopy(double).to(device)(*there, **moved)
+        assert far.device.type == device.type, f"on {device} the output is on {far.device}"
+        _same(far.cpu(), got, f"{device} agrees with the CPU")
 
 
 def check_graph_network(
@@ -322,6 +352,9 @@ def check_metric(
     value = float(metric(*inputs))
     _untouched(before, "the metric")
     assert np.isfinite(value), f"the value is finite, got {value}"
+    for device in _accelerators():
+        far = float(metric(*_on(device, inputs)))
+        assert abs(far - value) <= atol, f"on {device} {far}, on the CPU {value}"
     n = len(inputs[0])
     if permutation_invariant:
         order = np.random.default_rng(0).permutation(n)
@@ -422,6 +455,14 @@ def check_neural_process(model: nn.Module, *, dim_x: int, dim_y: int, latent: bo
         _same(
             model.loss(x, y, *wild_new[::-1], target_mask=real), normalised, "loss of masked targets", **close
         )
+    if not latent:  # a generator of another device draws other latent variables
+        for device in _accelerators():
+            there = _on(device, (x, y, x_new, y_new))
+            far = copy.deepcopy(model).to(device)
+            on = {"context_mask": few.to(device), "target_mask": real.to(device)}
+            assert far.loss(*there).device.type == device.type, f"on {device} the loss is elsewhere"
+            _same(far.loss(*there, **on).cpu(), model.loss(x, y, x_new, y_new, context_mask=few, target_mask=real),
+                  f"{device} agrees with the CPU")  # fmt: skip
     model.train()
     model.zero_grad()
     value = model.loss(x, y, x_new, y_new, context_mask=few, target_mask=real, **draws())
@@ -477,6 +518,10 @@ def check_solver(
     single = solve(*(x.float() for x in inputs)).value
     assert single.dtype == torch.float32, f"the dtype follows the input, float32 gave {single.dtype}"
     _same(single.double(), value.detach(), "float32 agrees with float64", rtol=1e-3, atol=1e-3)
+    for device in _accelerators():
+        far = solve(*_on(device, inputs)).value
+        assert far.device.type == device.type, f"on {device} the value is on {far.device}"
+        _same(far.detach().cpu(), value.detach(), f"{device} agrees with the CPU", rtol=tol, atol=tol)
     if differentiable:
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
         out = solve(*leaves).value
@@ -550,5 +595,11 @@ def check_generative(
         rtol=0,
         atol=atol,
     )
+    for device in _accelerators():
+        moved, far = copy.deepcopy(net).to(device), torch.Generator(device).manual_seed(0)
+        theirs = process.sample(moved, n, generator=far, **options)
+        assert theirs.device.type == device.type, f"on {device} the samples are on {theirs.device}"
+        _same(theirs.mean(0).cpu(), torch.as_tensor(mean).to(samples), f"mean on {device}", rtol=0, atol=atol)
+        assert process.loss(moved, target.to(device), generator=far).device.type == device.type
     double = copy.deepcopy(net).double()
     assert process.sample(double, 3, generator=generator(), **options).dtype == torch.float64, "float64 works"

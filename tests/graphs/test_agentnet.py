@@ -286,7 +286,7 @@ class Forced(nn.Module):
         self.net = make(self_loops=False, mode="random", **options)
 
     def forward(self, x, edge_index):
-        return self.net(x, edge_index, start=torch.tensor([0, 1, 4]), generator=rng())
+        return self.net(x, edge_index, start=torch.tensor([0, 1, 4], device=x.device), generator=rng())
 
 
 @pytest.mark.parametrize("options", [{}, {"global_pool": False}, {"mlp_width": 1, "reduce": "sum"}])

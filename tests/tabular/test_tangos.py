@@ -181,7 +181,7 @@ def test_permuting_features_changes_nothing():
 
 
 def smooth(x):
-    return torch.tanh(torch.tanh(x @ draw(4, 6).to(x.dtype)) @ draw(6, 5, seed=1).to(x.dtype))
+    return torch.tanh(torch.tanh(x @ draw(4, 6).to(x)) @ draw(6, 5, seed=1).to(x))
 
 
 @pytest.mark.parametrize("lambdas", [(10.0, 0.1), (0.0, 1.0)])

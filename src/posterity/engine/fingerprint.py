@@ -1,10 +1,11 @@
 """Fingerprints: which code a trial ran, so that other work leaves its evidence current.
 
 A fingerprint covers a claim and what it uses of Posterity, transitively: its method, whole,
-and of its file, the lab and the checks the definitions that are reached by name, so that the
-lab can grow and claims do not wait for each other. What a module does on import counts as soon as the module is reached:
-registered data sets, loops, conditions. Comments, layout and docstrings do not count. The
-versions of torch, numpy and scikit-learn do.
+and of its file, the lab and private modules, which papers share, the definitions that are
+reached by name, so that those can grow and claims do not wait for each other. What a module
+does on import counts as soon as the module is reached: registered data sets, loops,
+conditions. Comments, layout and docstrings do not count. The versions of torch, numpy and
+scikit-learn do.
 """
 
 import ast
@@ -107,7 +108,8 @@ def _reached(root: str, claim: str) -> dict[str, set[int]]:
             continue
         parsed = _parsed(module)
         new = set(parsed.always)
-        by_name = module.startswith(("posterity.lab.", "posterity._checks")) or (claim and module == root)
+        shared = module.startswith("posterity.lab.") or module.rpartition(".")[2].startswith("_")
+        by_name = shared or (claim and module == root)
         if by_name and name in parsed.imports:
             todo.append(parsed.imports[name])
         elif by_name and name in parsed.binds:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of, within
+from posterity._random import draw_device
 
 __all__ = ["RectifiedFlow", "Trajectory", "reflow", "straightness", "transport_cost"]
 
@@ -546,7 +547,7 @@ class RectifiedFlow:
         if self.source is not None:
             x0 = has_shape("source", self.source(n, generator), (n, *self.shape), "shape")
             return x0.to(device, dtype)
-        where = generator.device if generator else device  # a CPU generator serves every device
+        where = draw_device(generator, device)
         return torch.randn(n, *self.shape, dtype=dtype, device=where, generator=generator).to(device)
 
     def _starts(
@@ -709,7 +710,7 @@ def transport_cost(
 
 
 def _uniform(size: int | Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    where = generator.device if generator else like.device
+    where = draw_device(generator, like.device)
     return torch.rand(size, dtype=like.dtype, device=where, generator=generator).to(like.device)
 
 

@@ -10,7 +10,6 @@ a node holds is neither forgotten nor blown up, however many steps are taken. A 
 gamma > 0 buys back the stability that forward Euler costs.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +17,8 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from posterity._checks import at_least, floating, has_shape, integer, one_of
+from posterity._checks import at_least, has_shape, integer, one_of
+from posterity.graphs._graph import adjacency, check_graph
 
 __all__ = ["ADGN", "AntiSymmetricConv", "euler_step_limit", "local_jacobian_eigenvalues"]
 
@@ -138,7 +138,7 @@ class AntiSymmetricConv(nn.Module):
         edge_weight: Float[Tensor, " edges"] | None = None,
     ) -> Float[Tensor, "nodes channels"]:
         """Return the state after ``num_iters`` steps."""
-        _check_graph(x, edge_index, edge_weight, self.channels)
+        check_graph(x, edge_index, edge_weight, self.channels)
         return self._steps(x, edge_index, edge_weight, self._aggregate(x, edge_index, edge_weight))
 
     def _steps(
@@ -285,7 +285,7 @@ class ADGN(nn.Module):
         batch: Int[Tensor, " nodes"] | None = None,
     ) -> Float[Tensor, "rows out"]:
         """Return the output of each node, or of each graph of ``batch``."""
-        _check_graph(x, edge_index, edge_weight, self.in_channels)
+        check_graph(x, edge_index, edge_weight, self.in_channels)
         if batch is not None:
             has_shape("batch", batch, (len(x),), "x")
         x = self.encoder(x)
@@ -350,7 +350,7 @@ def local_jacobian_eigenvalues(
     """
     one_of("act of the layer", conv.act, ("tanh", "relu", None))
     with torch.no_grad():
-        _check_graph(x, edge_index, edge_weight, conv.channels)
+        check_graph(x, edge_index, edge_weight, conv.channels)
         z = conv._field(x, edge_index, edge_weight, conv._aggregate(x, edge_index, edge_weight))(x)
         if conv.act == "tanh":
             slope = 1 - z.tanh().square()
@@ -428,19 +428,8 @@ def _aggregation(
         positive = degree > 0
         scale = torch.where(positive, torch.where(positive, degree, 1.0).rsqrt(), 0.0)
         weight = scale[sender] * weight * scale[receiver]
-    matrices = _csr(receiver, sender, weight.detach(), n), _csr(sender, receiver, weight.detach(), n)
+    matrices = adjacency(sender, receiver, weight, n), adjacency(receiver, sender, weight, n)
     return _Aggregation(weight, sender, receiver, *matrices)
-
-
-def _csr(rows: Tensor, columns: Tensor, weight: Tensor, n: int) -> Tensor:
-    order = rows.argsort(stable=True)
-    counts = torch.bincount(rows, minlength=n)
-    pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(
-            pointers, columns[order], weight[order], (n, n), check_invariants=False
-        )
 
 
 class _SparseProduct(torch.autograd.Function):
@@ -468,16 +457,3 @@ def _activation(act: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tenso
     if act is None:
         return lambda z: z
     return getattr(torch, act) if isinstance(act, str) else act
-
-
-def _check_graph(x: Any, edge_index: Any, edge_weight: Any, channels: int) -> None:
-    has_shape("x", floating("x", x), (None, channels), "this layer")
-    has_shape("edge_index", edge_index, (2, None))
-    if edge_index.is_floating_point() or edge_index.dtype == torch.bool:
-        raise ValueError(f"edge_index must hold integers, got dtype {edge_index.dtype}")
-    if edge_weight is not None:
-        has_shape("edge_weight", floating("edge_weight", edge_weight), (edge_index.shape[1],), "edge_index")
-    if edge_index.device.type == "cpu" and edge_index.numel():
-        low, high = (int(end) for end in edge_index.aminmax())
-        if low < 0 or high >= len(x):
-            raise ValueError(f"edge_index must name nodes in 0..{len(x) - 1}, got {low if low < 0 else high}")

@@ -11,7 +11,6 @@ state stays within a bound and, where repulsion wins, never becomes constant.
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal, NamedTuple
@@ -25,6 +24,7 @@ from scipy.sparse.linalg import LinearOperator, eigs
 from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, has_shape, integer, needs, one_of, within
+from posterity.graphs._graph import check_graph, csr, csr_order
 
 __all__ = ["ACMP", "ACMPConv", "consensus_growth_rate", "dirichlet_energy", "trapping_radius"]
 
@@ -199,7 +199,7 @@ class ACMPConv(nn.Module):
         edge_weight: Float[Tensor, " edges"] | None = None,
     ) -> Float[Tensor, "nodes channels"]:
         """Return the state at ``time`` from ``x`` at time 0."""
-        _check_graph(x, edge_index, edge_weight, self.channels)
+        check_graph(x, edge_index, edge_weight, self.channels)
         field, parts = self._field(x, edge_index, edge_weight, source_state=x)
         count = 0
 
@@ -267,7 +267,7 @@ class ACMPConv(nn.Module):
         Tensor
             Shape (nodes, channels).
         """
-        _check_graph(x, edge_index, edge_weight, self.channels)
+        check_graph(x, edge_index, edge_weight, self.channels)
         if source_state is not None:
             has_shape("source_state", floating("source_state", source_state), x.shape, "x")
         start = x if source_state is None else source_state
@@ -298,7 +298,14 @@ class ACMPConv(nn.Module):
             off, own = forces[:n_edges], forces[n_edges:] - 1
         values = torch.cat([off, own])
         flat = values.detach()
-        return _Operator(graph, values, _matrix(graph.rows, flat, n), _matrix(graph.columns, flat, n))
+        return _Operator(
+            graph,
+            values,
+            *(
+                csr(pointers, columns, flat[order])
+                for pointers, columns, order in (graph.rows, graph.columns)
+            ),
+        )
 
     def _forces(
         self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None
@@ -401,7 +408,7 @@ class ACMP(nn.Module):
         edge_weight: Float[Tensor, " edges"] | None = None,
     ) -> Float[Tensor, "nodes out"]:
         """Return the output of each node."""
-        _check_graph(x, edge_index, edge_weight, self.in_channels)
+        check_graph(x, edge_index, edge_weight, self.in_channels)
         state = self.conv(self.encoder(self.input_dropout(x)), edge_index, edge_weight)
         return self.decoder(self.dropout(state.relu()))
 
@@ -439,7 +446,7 @@ def dirichlet_energy(
     >>> dirichlet_energy(torch.tensor([[0.0], [3.0]]), torch.tensor([[0, 1], [1, 0]]))
     tensor(9.)
     """
-    _check_graph(x, edge_index, edge_weight, None)
+    check_graph(x, edge_index, edge_weight)
     gap = (x[edge_index[0]] - x[edge_index[1]]).square().sum(1)
     return (gap if edge_weight is None else gap * edge_weight.to(gap)).sum() / max(len(x), 1)
 
@@ -488,7 +495,7 @@ def trapping_radius(
     >>> trapping_radius(ACMPConv(1, beta=0.6, delta_init=0.5), x, edge_index)  # sqrt(1 + 2 * 0.1)
     tensor([1.0954])
     """
-    _check_graph(x, edge_index, edge_weight, conv.channels)
+    check_graph(x, edge_index, edge_weight, conv.channels)
     with torch.no_grad():
         if not conv.reaction:
             return x.new_full((conv.channels,), math.inf)
@@ -553,7 +560,7 @@ def consensus_growth_rate(
             'conv must have interaction "difference" and no source, '
             f"got {conv.interaction!r} and source={conv.source}"
         )
-    _check_graph(x, edge_index, edge_weight, conv.channels)
+    check_graph(x, edge_index, edge_weight, conv.channels)
     n = len(x)
     with torch.no_grad():
         operator = conv._operator(x, edge_index, edge_weight)
@@ -623,21 +630,8 @@ def _graph(x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, attention:
             weight = scale[receiver] * weight * scale[sender]
         else:
             weight = weight * torch.where(positive, 1 / degree, 0.0)[receiver]
-    orders = _order(receiver, sender, n), _order(sender, receiver, n)
+    orders = csr_order(receiver, sender, n), csr_order(sender, receiver, n)
     return _Graph(sender, receiver, weight, loop, present, *orders)
-
-
-def _order(rows: Tensor, columns: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    order = rows.argsort(stable=True)
-    counts = torch.bincount(rows, minlength=n)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), columns[order], order
-
-
-def _matrix(layout: tuple[Tensor, Tensor, Tensor], values: Tensor, n: int) -> Tensor:
-    pointers, columns, order = layout
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(pointers, columns, values[order], (n, n), check_invariants=False)
 
 
 class _Velocity(torch.autograd.Function):
@@ -683,16 +677,3 @@ def _equal_steps(field: Callable[[Any, Tensor], Tensor], x: Tensor, n: int, h: f
         k4 = field(None, torch.add(x, k3, alpha=h))
         x = torch.add(x, torch.add(k1 + k4, k2 + k3, alpha=2), alpha=h / 6)
     return x
-
-
-def _check_graph(x: Any, edge_index: Any, edge_weight: Any, channels: int | None) -> None:
-    has_shape("x", floating("x", x), (None, channels), "this layer" if channels is not None else "")
-    has_shape("edge_index", edge_index, (2, None))
-    if edge_index.is_floating_point() or edge_index.dtype == torch.bool:
-        raise ValueError(f"edge_index must hold integers, got dtype {edge_index.dtype}")
-    if edge_weight is not None:
-        has_shape("edge_weight", floating("edge_weight", edge_weight), (edge_index.shape[1],), "edge_index")
-    if edge_index.device.type == "cpu" and edge_index.numel():
-        low, high = (int(end) for end in edge_index.aminmax())
-        if low < 0 or high >= len(x):
-            raise ValueError(f"edge_index must name nodes in 0..{len(x) - 1}, got {low if low < 0 else high}")

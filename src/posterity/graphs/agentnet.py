@@ -21,6 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, has_shape, integer, one_of, within
+from posterity._random import draw_device
+from posterity.graphs._graph import check_edges
 
 __all__ = ["AgentNet", "AgentTrace", "log_aggregate", "straight_through_choice"]
 
@@ -65,7 +67,7 @@ def straight_through_choice(
     has_shape("index", index, floating("logits", logits).shape, "logits")
     integer("num_groups", num_groups, 0)
     at_least("temperature", temperature, 0, strict=True)
-    where = logits.device if generator is None else generator.device
+    where = draw_device(generator, logits.device)
     uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=where).to(
         logits.device
     )
@@ -342,7 +344,7 @@ class AgentNet(nn.Module):
     ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
         """Check the input; return the graph of each node and the first node of each agent."""
         has_shape("x", floating("x", x), (None, self.in_channels))
-        has_shape("edge_index", edge_index, (2, None))
+        check_edges(edge_index, len(x), read=None if csr is None else False)
         if (edge_attr is None) != (self.edge_dim is None):
             given = "not given" if edge_attr is None else "given"
             raise ValueError(
@@ -352,12 +354,6 @@ class AgentNet(nn.Module):
             has_shape("edge_attr", edge_attr, (edge_index.shape[1], self.edge_dim))
             if csr is not None:
                 raise ValueError("csr knows no edge features: give edge_attr without it")
-        if csr is None and edge_index.numel() and edge_index.device.type == "cpu":
-            low, high = edge_index.aminmax()
-            if int(low) < 0 or int(high) >= len(x):
-                raise ValueError(
-                    f"edge_index must hold nodes in 0..{len(x) - 1}, got {int(low)} to {int(high)}"
-                )
         if batch is None:
             sizes, first = x.new_tensor([len(x)], dtype=torch.int64), x.new_zeros(1, dtype=torch.int64)
         else:
@@ -370,7 +366,7 @@ class AgentNet(nn.Module):
             raise ValueError("batch must not hold a graph without nodes")
         sizes, first = sizes.repeat_interleave(self.num_agents), first.repeat_interleave(self.num_agents)
         if start is None:
-            where = x.device if generator is None else generator.device
+            where = draw_device(generator, x.device)
             share = torch.rand(len(sizes), generator=generator, dtype=torch.float64, device=where).to(
                 x.device
             )

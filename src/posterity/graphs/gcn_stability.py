@@ -26,6 +26,7 @@ from scipy.sparse.linalg import splu
 from torch import Tensor, nn
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of
+from posterity.graphs._graph import check_edges
 
 __all__ = [
     "Coarsening", "CollapseBound", "ResolventConv", "StableGCN", "apply_filter", "collapse_bound",
@@ -745,9 +746,7 @@ class _Graph(NamedTuple):
     def of(edge_index: Any, n: int, edge_weight: Any, node_weight: Any, device: torch.device) -> "_Graph":
         """Check what a user gave."""
         integer("num_nodes", n, 1)
-        has_shape("edge_index", edge_index, (2, None))
-        if edge_index.is_floating_point() or edge_index.dtype == torch.bool:
-            raise ValueError(f"edge_index must hold integers, got dtype {edge_index.dtype}")
+        check_edges(edge_index, n, read=device.type == "cpu")  # elsewhere reading would wait
         ones = {"dtype": torch.float64, "device": device}
         if edge_weight is None:
             weight = torch.ones(edge_index.shape[1], **ones)
@@ -758,10 +757,6 @@ class _Graph(NamedTuple):
             mu = torch.ones(n, **ones)
         else:
             mu = has_shape("node_weight", floating("node_weight", node_weight), (n,), "the nodes").double()
-        if device.type == "cpu" and edge_index.numel():  # elsewhere reading would wait
-            low, high = (int(end) for end in edge_index.aminmax())
-            if low < 0 or high >= n:
-                raise ValueError(f"edge_index must name nodes in 0..{n - 1}, got {low if low < 0 else high}")
         if device.type == "cpu":
             for name, values in (("edge_weight", weight), ("node_weight", mu)):
                 good = (values > 0) & (values < math.inf)  # NaN is neither

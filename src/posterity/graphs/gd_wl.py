@@ -27,6 +27,7 @@ from scipy.sparse.csgraph import connected_components, shortest_path
 from torch import Tensor, nn
 
 from posterity._checks import floating, has_shape, integer, one_of, within
+from posterity.graphs._graph import check_undirected
 
 __all__ = [
     "Biconnectivity",
@@ -180,7 +181,7 @@ def gd_wl_colors(
     code = code.astype(np.int32 if small else np.int64)
     now = np.zeros(num_nodes, np.int64)
     if colors is not None:
-        now = _first_seen(has_shape("colors", colors, (num_nodes,)).cpu().numpy())
+        now = _numbered(has_shape("colors", colors, (num_nodes,)).cpu().numpy())
     graph, place = layout.graph, layout.place
     rounds, classes = (
         max_iter if max_iter is not None else int(layout.sizes.max(initial=0)),
@@ -193,13 +194,13 @@ def gd_wl_colors(
             graph, place
         ]  # (nodes, n_max)
         keys.sort(axis=1)
-        refined = _first_seen(
+        refined = _numbered(
             np.ascontiguousarray(keys).view(np.dtype((np.void, keys.itemsize * keys.shape[1])))[:, 0]
         )
         if refined.max(initial=-1) + 1 == classes:
             break
         now, classes = refined, refined.max() + 1
-    return torch.from_numpy(_first_seen(now)).to(edge_index.device)
+    return torch.from_numpy(_numbered(now)).to(edge_index.device)
 
 
 def gd_wl_equivalent(
@@ -228,7 +229,7 @@ def gd_wl_equivalent(
     """
     one_of("distance", distance, ("spd", "rd", "both"))
     for edges, n in ((edge_index_a, num_nodes_a), (edge_index_b, num_nodes_b)):
-        _check_edges(edges, n)
+        check_undirected(edges, n)
     both = torch.cat([edge_index_a, edge_index_b + num_nodes_a], 1)
     batch = torch.arange(2).repeat_interleave(torch.tensor([num_nodes_a, num_nodes_b]))
     colors = gd_wl_colors(both, num_nodes_a + num_nodes_b, distance=distance, batch=batch)
@@ -291,7 +292,7 @@ def biconnectivity(edge_index: Int[Tensor, "2 edges"], num_nodes: int) -> Biconn
     >>> biconnectivity(path, 3).cut_vertex
     tensor([False,  True, False])
     """
-    _check_edges(edge_index, num_nodes)
+    check_undirected(edge_index, num_nodes)
     send, receive = edge_index.cpu().numpy()
     low, high = np.minimum(send, receive), np.maximum(send, receive)
     keys, number = np.unique(low * num_nodes + high, return_inverse=True)
@@ -637,7 +638,7 @@ class _Layout:
     """Where each node of a batch stands in padded arrays; checks the edges."""
 
     def __init__(self, edge_index: Tensor, num_nodes: int, batch: Tensor | None) -> None:
-        _check_edges(edge_index, num_nodes)
+        check_undirected(edge_index, num_nodes)
         self.edges = edge_index.cpu().numpy()
         self.num_nodes, self.device = num_nodes, edge_index.device
         if batch is None:
@@ -665,28 +666,6 @@ class _Layout:
         send, receive = self.edges
         parts = self.graph[send], self.place[receive], self.place[send]
         return tuple(torch.from_numpy(part).to(self.device) for part in parts)  # type: ignore[return-value]
-
-
-def _check_edges(edge_index: Tensor, num_nodes: int) -> None:
-    integer("num_nodes", num_nodes, 0)
-    if not isinstance(edge_index, Tensor) or edge_index.is_floating_point() or edge_index.is_complex():
-        raise ValueError(
-            f"edge_index must be a tensor of integers, got {getattr(edge_index, 'dtype', edge_index)}"
-        )
-    has_shape("edge_index", edge_index, (2, None))
-    if not edge_index.numel():
-        return
-    send, receive = edge_index.cpu().numpy()
-    if edge_index.min() < 0 or edge_index.max() >= num_nodes:
-        raise ValueError(
-            f"edge_index must hold nodes in 0..{num_nodes - 1}, got {int(edge_index.min())} to {int(edge_index.max())}"
-        )
-    there, back = send * num_nodes + receive, receive * num_nodes + send
-    if np.array_equal(np.sort(there), np.sort(back)):
-        return
-    if len(lone := np.setdiff1d(there, back)):  # else an edge is merely repeated in one direction
-        u, v = divmod(int(lone[0]), num_nodes)
-        raise ValueError(f"edge_index must list both directions: {u} -> {v} lacks its reverse")
 
 
 def _conductances(layout: _Layout, edge_weight: Tensor | None) -> Tensor:
@@ -793,7 +772,7 @@ def _ranked(distance: ndarray, pairs: ndarray, decimals: int) -> ndarray:
     return out
 
 
-def _first_seen(labels: ndarray) -> ndarray:
+def _numbered(labels: ndarray) -> ndarray:
     """Return labels numbered 0, 1, ... in sorted order."""
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 

@@ -14,7 +14,6 @@ Three questions about a graph where unlike nodes connect, and what answers them:
   a node's own features kept apart from its neighbours'.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -28,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer, needs, one_of, within
+from posterity._random import draw_device
+from posterity.graphs._graph import check_edges, csr
 
 __all__ = [
     "DuplicateReport",
@@ -240,7 +241,7 @@ def find_duplicate_nodes(
     tensor([0, 0, 1, 2])
     """
     n = integer("num_nodes", num_nodes, 1)
-    _check_edges(edge_index, n, "num_nodes")
+    check_edges(edge_index, n, source="num_nodes", read=True)
     one_of("direction", direction, ("out", "in", "both"))
     node = torch.arange(n, device=edge_index.device)
     # All that must agree becomes one set of codes a node: neighbours, label, features.
@@ -485,7 +486,7 @@ class HeterophilyGNN(nn.Module):
     ) -> Float[Tensor, "nodes out"]:
         """Return the outputs of each node."""
         has_shape("x", floating("x", x), (None, self.in_channels), "this network")
-        _check_edges(edge_index, len(x), "x", read=edge_index.device.type == "cpu")
+        check_edges(edge_index, len(x), source="x")
         graph = None
         if self.model != "ResNet":
             graph = _graph(edge_index, len(x), loops=self.model in ("GCN", "GAT", "GT"), heads=self.num_heads)
@@ -522,7 +523,7 @@ def sgc_features(
         If the arguments do not fit.
     """
     has_shape("x", floating("x", x), (None, None))
-    _check_edges(edge_index, len(x), "x", read=edge_index.device.type == "cpu")
+    check_edges(edge_index, len(x), source="x")
     graph = _weighted(_graph(edge_index, len(x), loops=True), x.dtype, symmetric=True)
     for _ in range(integer("num_props", num_props, 1)):
         x = _product(graph.weight, x, graph)
@@ -557,7 +558,7 @@ def adjacency_features(edge_index: Int[Tensor, "2 edges"], num_nodes: int) -> Fl
     tensor([[0., 1.],
             [0., 0.]])
     """
-    _check_edges(edge_index, integer("num_nodes", num_nodes, 1), "num_nodes")
+    check_edges(edge_index, integer("num_nodes", num_nodes, 1), source="num_nodes", read=True)
     dense = torch.zeros(num_nodes, num_nodes, device=edge_index.device)
     dense[edge_index[0], edge_index[1]] = 1
     return dense.fill_diagonal_(0)
@@ -811,8 +812,11 @@ def minesweeper(
     mines = round(within("mine_rate", mine_rate, 0, 1) * n)
     hidden = round(within("unknown_rate", unknown_rate, 0, 1) * n)
     data = needs("torch_geometric.data", "graphs").Data
+    order, again = (
+        torch.randperm(n, generator=generator, device=draw_device(generator)).cpu() for _ in range(2)
+    )
     y = torch.zeros(n, dtype=torch.long)
-    y[torch.randperm(n, generator=generator)[:mines]] = 1
+    y[order[:mines]] = 1
     field = torch.arange(n).view(height, width)
     ways = [
         (field[:, :-1], field[:, 1:]), (field[:-1], field[1:]),
@@ -822,7 +826,7 @@ def minesweeper(
     edge_index = torch.cat([half, half.flip(0)], 1)
     around = y.new_zeros(n).index_add_(0, edge_index[1], y[edge_index[0]])
     column = 1 + around.clamp_max(5)
-    column[torch.randperm(n, generator=generator)[:hidden]] = 0
+    column[again[:hidden]] = 0
     return data(x=F.one_hot(column, 7).to(torch.get_default_dtype()), edge_index=edge_index, y=y)
 
 
@@ -941,7 +945,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, x: Tensor, graph: _Graph) -> Tensor:
         ctx.graph = graph
         ctx.save_for_backward(weight, x)
-        return _csr(graph.pointers, graph.sender, weight) @ x
+        return csr(graph.pointers, graph.sender, weight) @ x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -965,7 +969,7 @@ class _Dots(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (q, k), graph = ctx.saved_tensors, ctx.graph
-        return _turned(gradient, graph) @ k, _csr(graph.pointers, graph.sender, gradient) @ q, None
+        return _turned(gradient, graph) @ k, csr(graph.pointers, graph.sender, gradient) @ q, None
 
 
 def _edge_dots(q: Tensor, k: Tensor, graph: _Graph) -> Tensor:
@@ -989,21 +993,14 @@ def _attend(scores: Tensor, x: Tensor, graph: _Graph) -> Tensor:
     return total[:, :-1] / total[:, -1:].clamp_min(1)  # the largest weight is 1; 0 where no edge comes in
 
 
-def _csr(pointers: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        size = len(pointers) - 1
-        return torch.sparse_csr_tensor(pointers, columns, weight, (size, size), check_invariants=False)
-
-
 def _turned(weight: Tensor, graph: _Graph) -> Tensor:
-    return _csr(graph.turned_pointers, graph.receiver[graph.turn], weight[graph.turn])
+    return csr(graph.turned_pointers, graph.receiver[graph.turn], weight[graph.turn])
 
 
 def _undirected(edge_index: Tensor, y: Tensor) -> tuple[ndarray, ndarray, ndarray]:
     """Return both ends of each undirected edge, once, and the labels counted from 0."""
     label = np.unique(_check_labels(y).cpu().numpy(), return_inverse=True)[1]
-    _check_edges(edge_index, len(y), "y")
+    check_edges(edge_index, len(y), source="y", read=True)
     u, v = edge_index.long().cpu().numpy()
     pairs = (np.minimum(u, v) * len(y) + np.maximum(u, v))[u != v]
     if not len(pairs):
@@ -1048,18 +1045,6 @@ def _value(scores: Tensor, y: Tensor) -> float:
     return wins / (positive * (len(y) - positive))
 
 
-def _check_edges(edge_index: Any, n: int, source: str, *, read: bool = True) -> None:
-    has_shape("edge_index", edge_index, (2, None))
-    if edge_index.is_floating_point() or edge_index.dtype == torch.bool:
-        raise ValueError(f"edge_index must hold integers, got dtype {edge_index.dtype}")
-    if read and edge_index.numel():
-        low, high = (int(end) for end in edge_index.aminmax())
-        if low < 0 or high >= n:
-            raise ValueError(
-                f"edge_index must name nodes in 0..{n - 1} of {source}, got {low if low < 0 else high}"
-            )
-
-
 def _check_labels(y: Any, n: int | None = None) -> Tensor:
     has_shape("y", y, (n,), "" if n is None else "the nodes")
     if y.is_floating_point() or y.dtype == torch.bool:
@@ -1087,7 +1072,7 @@ def _check_task(
     x: Any, edge_index: Any, y: Any, train: Tensor, val: Tensor, test: Tensor, where: str = ""
 ) -> None:
     has_shape("x", floating("x", x), (None, None))
-    _check_edges(edge_index, len(x), "x")
+    check_edges(edge_index, len(x), source="x", read=True)
     _check_labels(y, len(x))
     _check_masks({"train_mask": train, "val_mask": val, "test_mask": test}, (len(x),), where)
     if int(y.max()) <= 1:

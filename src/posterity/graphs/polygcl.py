@@ -14,7 +14,6 @@ having said which.
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer, needs, one_of, within
+from posterity._random import draw_device
+from posterity.graphs._graph import adjacency, check_graph
 
 __all__ = ["PolyGCL", "PolynomialFilter", "contextual_sbm", "fit_polygcl"]
 
@@ -170,7 +171,7 @@ class PolynomialFilter(nn.Module):
         highpass: bool = True,
     ) -> Float[Tensor, "nodes features"]:
         """Return the features after one of the filters."""
-        _check_graph(x, edge_index, edge_weight)
+        _check_weighted(x, edge_index, edge_weight)
         return self._filter(x, _Laplacian(x, edge_index, edge_weight), (highpass,))[0]
 
     def both(
@@ -195,7 +196,7 @@ class PolynomialFilter(nn.Module):
         high, low : Tensor
             Of the shape of ``x``.
         """
-        _check_graph(x, edge_index, edge_weight)
+        _check_weighted(x, edge_index, edge_weight)
         high, low = self._filter(x, _Laplacian(x, edge_index, edge_weight), (True, False))
         return high, low
 
@@ -394,7 +395,7 @@ class PolyGCL(nn.Module):
 
     def _graph(self, x: Tensor, edge_index: Tensor) -> "_Laplacian":
         has_shape("x", floating("x", x), (None, self.in_channels), "this model")
-        _check_graph(x, edge_index, None)
+        _check_weighted(x, edge_index, None)
         return _Laplacian(x, edge_index, None)
 
     def _mixed(self, high: Tensor, low: Tensor) -> Tensor:
@@ -410,7 +411,9 @@ class PolyGCL(nn.Module):
         return self.disc(views, summary).flip(1).flatten()  # low before high
 
     def _loss(self, x: Tensor, graph: "_Laplacian", generator: torch.Generator | None) -> Tensor:
-        order = torch.randperm(len(x), generator=generator, device=_device(x, generator)).to(x.device)
+        order = torch.randperm(len(x), generator=generator, device=draw_device(generator, x.device)).to(
+            x.device
+        )
         real, false = self._scores(x, x[order], graph, generator).chunk(2)
         return -(F.logsigmoid(real).mean() + F.logsigmoid(-false).mean()) / 2
 
@@ -593,7 +596,7 @@ def contextual_sbm(
             f"degree and phi must give edge probabilities in [0, 1], got {low:g} and {high:g} "
             f"for degree={degree}, phi={phi}, epsilon={epsilon}, n={n}"
         )
-    device = None if generator is None else generator.device
+    device = draw_device(generator)
     y = torch.ones(n, device=device)
     y[n // 2 :] = -1
     # The cells of the adjacency matrix that are hit with the larger probability, by the
@@ -645,7 +648,7 @@ class _Encoder(nn.Module):
     def _drop(self, x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
         if generator is None or not self.training or p == 0:
             return F.dropout(x, p, self.training)
-        keep = torch.empty(x.shape, dtype=x.dtype, device=_device(x, generator))
+        keep = torch.empty(x.shape, dtype=x.dtype, device=draw_device(generator, x.device))
         return x * keep.bernoulli_(1 - p, generator=generator).to(x.device) / (1 - p)
 
 
@@ -673,21 +676,11 @@ class _Laplacian:
         degree = x.new_zeros(self.n).index_add(0, self.sender, weight)
         scale = torch.where(degree > 0, degree, torch.inf).rsqrt()
         self.weight = -scale[self.sender] * weight * scale[self.receiver]
-        self.matrix = self._csr(self.receiver, self.sender)
+        self.matrix = adjacency(self.sender, self.receiver, self.weight, self.n)
 
     @cached_property
     def transposed(self) -> Tensor:
-        return self._csr(self.sender, self.receiver)
-
-    def _csr(self, rows: Tensor, columns: Tensor) -> Tensor:
-        order = rows.argsort(stable=True)
-        counts = torch.bincount(rows, minlength=self.n)
-        pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-            return torch.sparse_csr_tensor(
-                pointers, columns[order], self.weight[order], (self.n, self.n), check_invariants=False
-            )
+        return adjacency(self.receiver, self.sender, self.weight, self.n)
 
 
 class _ChebyshevSeries(torch.autograd.Function):
@@ -758,22 +751,10 @@ def _interpolation(K: int) -> Tensor:
     return table
 
 
-def _device(x: Tensor, generator: torch.Generator | None) -> torch.device:
-    return x.device if generator is None else generator.device
-
-
-def _check_graph(x: Any, edge_index: Any, edge_weight: Any) -> None:
-    has_shape("x", floating("x", x), (None, None))
-    has_shape("edge_index", edge_index, (2, None))
-    if edge_index.is_floating_point() or edge_index.dtype == torch.bool:
-        raise ValueError(f"edge_index must hold integers, got dtype {edge_index.dtype}")
-    if edge_index.device.type == "cpu" and edge_index.numel():  # where reading is free
-        low, high = (int(end) for end in edge_index.aminmax())
-        if low < 0 or high >= len(x):
-            raise ValueError(f"edge_index must name nodes in 0..{len(x) - 1}, got {low if low < 0 else high}")
+def _check_weighted(x: Any, edge_index: Any, edge_weight: Any) -> None:
+    check_graph(x, edge_index, edge_weight)
     if edge_weight is None:
         return
-    has_shape("edge_weight", floating("edge_weight", edge_weight), (edge_index.shape[1],), "edge_index")
     if edge_weight.requires_grad:
         raise ValueError("edge_weight must not require a gradient, which this filter does not give it")
     if edge_weight.device.type == "cpu" and edge_weight.numel() and not bool((edge_weight >= 0).all()):

@@ -17,7 +17,6 @@ For one added node, g is at once the most accurate and perfectly robust (over 0,
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +27,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from posterity._checks import at_least, has_shape, integer, needs, one_of, within
+from posterity._random import draw_device
+from posterity.graphs._graph import csr
 
 __all__ = [
     "CSBM",
@@ -131,13 +132,15 @@ class CSBM:
         torch_geometric.data.Data
             ``x`` (n, n_features), ``edge_index`` with both directions, ``y`` (n,).
         """
-        y = torch.randint(2, (self.n,), generator=generator)
+        device = draw_device(generator)
+        y = torch.randint(2, (self.n,), generator=generator, device=device)
         x = self._features(y, generator)
         pairs, block = [], max(1, 2**22 // self.n)
         for start in range(0, self.n, block):  # a block of rows of the upper triangle
-            rows = torch.arange(start, min(start + block, self.n))
-            linked = self._linked(y[rows, None], y, generator) & (rows[:, None] < torch.arange(self.n))
-            pairs.append(linked.nonzero().T + torch.tensor([[start], [0]]))
+            rows = torch.arange(start, min(start + block, self.n), device=device)
+            above = rows[:, None] < torch.arange(self.n, device=device)
+            row, column = (self._linked(y[rows, None], y, generator) & above).nonzero().T
+            pairs.append(torch.stack([start + row, column]))
         half = torch.cat(pairs, 1)
         edge_index = torch.cat([half, half.flip(0)], 1)
         return needs("torch_geometric.data", "graphs").Data(x=x, edge_index=edge_index, y=y)
@@ -158,7 +161,7 @@ class CSBM:
             The old nodes keep their numbers.
         """
         n = len(data.y)
-        y = torch.randint(2, (1,), generator=generator)
+        y = torch.randint(2, (1,), generator=generator, device=draw_device(generator)).to(data.y)
         near = self._linked(y, data.y, generator).nonzero()[:, 0]
         x = torch.cat([data.x, self._features(y, generator).to(data.x)])
         edge_index = _with_edges(data.edge_index, n, near)
@@ -194,7 +197,7 @@ class CSBM:
         linked = torch.bincount(y[near], minlength=2).double()
         others = torch.bincount(y, minlength=2).double()
         others[y[node]] -= 1
-        sign = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+        sign = own.new_tensor([-1.0, 1.0])
         gap = own - sign[:, None] * self.mean.to(own)
         gauss = -gap.square().sum(1) / (2 * self.sigma**2)
         gauss -= self.n_features * math.log(self.sigma * math.sqrt(2 * math.pi))
@@ -231,12 +234,13 @@ class CSBM:
         return odds if label == 1 else -odds
 
     def _features(self, y: Tensor, generator: torch.Generator | None) -> Tensor:
-        noise = torch.randn(len(y), self.n_features, generator=generator)
-        return (2 * y[:, None] - 1) * self.mean + self.sigma * noise
+        noise = torch.randn(len(y), self.n_features, generator=generator, device=draw_device(generator))
+        return (2 * y[:, None] - 1) * self.mean.to(y.device) + self.sigma * noise.to(y.device)
 
     def _linked(self, a: Tensor, b: Tensor, generator: torch.Generator | None) -> Tensor:
         same = a == b
-        return torch.rand(same.shape, generator=generator) < torch.where(same, self.p, self.q)
+        u = torch.rand(same.shape, generator=generator, device=draw_device(generator))
+        return u.to(same.device) < torch.where(same, self.p, self.q)
 
     def _check(self, x: Tensor, y: Tensor, node: int) -> None:
         has_shape("x", x, (None, self.n_features))
@@ -279,7 +283,8 @@ def attack_candidates(
     free[_neighbours(edge_index, node)] = False
     candidates = free.nonzero()[:, 0]
     if kind == "random":
-        return candidates[torch.randperm(len(candidates), generator=generator)]
+        order = torch.randperm(len(candidates), generator=generator, device=draw_device(generator))
+        return candidates[order.to(candidates.device)]
     distance = (x[candidates].double() - x[node].double()).norm(dim=1)
     order = distance.argsort(stable=True)
     return candidates[order if kind == "l2-weak" else order.flip(0)]
@@ -667,9 +672,7 @@ def _normalized(edge_index: Tensor, like: Tensor) -> Tensor:
     degree = torch.bincount(row, minlength=n).to(like.dtype)
     scale = degree.clamp_min(1).rsqrt()
     ends = torch.cat([row.new_zeros(1), torch.bincount(row, minlength=n).cumsum(0)])
-    with warnings.catch_warnings():  # torch calls its CSR tensors beta
-        warnings.simplefilter("ignore")
-        return torch.sparse_csr_tensor(ends, col, scale[row] * scale[col], (n, n))
+    return csr(ends, col, scale[row] * scale[col])
 
 
 def _diffuse(start: Tensor, smooth: Tensor, num_layers: int, alpha: float, clamp: bool) -> Tensor:

@@ -11,7 +11,6 @@ V V^T, the projector onto the eigenspace, is the same for every basis V Q of it.
 """
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import finite, floating, has_shape, integer, needs, one_of, within
+from posterity.graphs._graph import adjacency, check_edges
 
 __all__ = [
     "AddLaplacianEigs",
@@ -67,7 +67,8 @@ def laplacian_eigs(
     -------
     tuple of Tensor
         Eigenvalues of shape (k,), ascending, and eigenvectors of shape (nodes, k). They are
-        solved for in float64 and returned in torch's default dtype, without a gradient.
+        solved for in float64 and returned in the dtype of ``edge_weight``, or without it in
+        torch's default dtype; without a gradient.
 
     Raises
     ------
@@ -89,7 +90,7 @@ def laplacian_eigs(
     one_of("normalization", normalization, ("sym", None))
     if one_of("method", method, ("auto", "dense", "sparse")) == "sparse" and k == n:
         raise ValueError(f'k must be less than the number of nodes, {n}, for method="sparse", got {k}')
-    _check_edges(edge_index, n)
+    check_edges(edge_index, n)
     weight = np.ones(edge_index.shape[1])
     if edge_weight is not None:
         has_shape("edge_weight", floating("edge_weight", edge_weight), (edge_index.shape[1],), "edge_index")
@@ -125,7 +126,7 @@ def laplacian_eigs(
         values, vectors = (
             torch.from_numpy(a).to(edge_index.device) for a in (found[0][order], found[1][:, order])
         )
-    dtype = torch.get_default_dtype()
+    dtype = torch.get_default_dtype() if edge_weight is None else edge_weight.dtype
     return values.clamp_min(0).to(dtype), vectors.to(dtype).contiguous()  # rounding goes below 0
 
 
@@ -383,7 +384,7 @@ class SignNet(nn.Module):
         """
         n = len(eigvecs)
         _check_eigs(eigvecs, eigvals, self.k)
-        _check_edges(edge_index, n)
+        check_edges(edge_index, n)
         if batch is not None:
             _check_batch(batch, n, None if eigvals.ndim == 1 else len(eigvals))
         elif eigvals.ndim == 2 and len(eigvals) != 1:
@@ -808,19 +809,9 @@ def _product(matrix: Tensor, x: Tensor) -> Tensor:
 
 def _neighbours(edge_index: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the adjacency by receiver and by sender, as CSR."""
-    sender, receiver = edge_index
-    return _csr(receiver, sender, like), _csr(sender, receiver, like)
-
-
-def _csr(rows: Tensor, columns: Tensor, like: Tensor) -> Tensor:
-    n = len(like)
-    order = rows.argsort(stable=True)
-    pointers = F.pad(torch.bincount(rows, minlength=n).cumsum(0), (1, 0))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(
-            pointers, columns[order], like.new_ones(len(rows)), (n, n), check_invariants=False
-        )
+    (sender, receiver), n = edge_index, len(like)
+    ones = like.new_ones(len(sender))
+    return adjacency(sender, receiver, ones, n), adjacency(receiver, sender, ones, n)
 
 
 def _normalise(norm: nn.Module, h: Tensor, keep: Tensor | None) -> Tensor:
@@ -862,16 +853,6 @@ def _per_node(values: Tensor, batch: Tensor | None, n: int) -> Tensor:
     if values.ndim == 2 and batch is not None:
         return values[batch]
     return values.reshape(1, -1).expand(n, -1)
-
-
-def _check_edges(edge_index: Any, n: int) -> None:
-    has_shape("edge_index", edge_index, (2, None))
-    if edge_index.is_floating_point() or edge_index.dtype == torch.bool:
-        raise ValueError(f"edge_index must hold integers, got dtype {edge_index.dtype}")
-    if edge_index.device.type == "cpu" and edge_index.numel():
-        low, high = int(edge_index.min()), int(edge_index.max())
-        if low < 0 or high >= n:
-            raise ValueError(f"edge_index must name nodes in 0..{n - 1}, got {low if low < 0 else high}")
 
 
 def _check_eigs(eigvecs: Any, eigvals: Any, k: int) -> None:

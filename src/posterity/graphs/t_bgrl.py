@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of, within
+from posterity._random import draw_device
+from posterity.graphs._graph import adjacency, check_edges, check_undirected
 
 __all__ = [
     "TBGRL",
@@ -296,13 +298,12 @@ class GCNEncoder(nn.Module):
         """
         if not isinstance(x, _SparseFeatures):
             has_shape("x", x, (None, self.in_channels))
-        has_shape("edge_index", edge_index, (2, None))
-        adjacency = _gcn(edge_index, len(x), x.dtype)
+        matrices = _gcn(check_edges(edge_index, len(x)), len(x), x.dtype)
         states: Any = x
         for weight, bias, norm, act in zip(self.weights, self.biases, self.norms, self.acts, strict=True):
             sparse = isinstance(states, _SparseFeatures)
             states = states.times(weight) if sparse else states @ weight
-            states = act(norm(_Product.apply(states, *adjacency) + bias))
+            states = act(norm(_Product.apply(states, *matrices) + bias))
         return states
 
 
@@ -567,12 +568,15 @@ def inductive_link_split(
     n = len(finite("x", floating("x", x)))
     links = _links(edge_index, n)
     observed = torch.ones(n, dtype=torch.bool)
-    observed[torch.randperm(n, generator=generator)[: round(node_ratio * n)]] = False
+    observed[
+        torch.randperm(n, generator=generator, device=draw_device(generator))[: round(node_ratio * n)].cpu()
+    ] = False
     ends = observed[links].sum(0)
     classes = []
     for seen in (2, 1, 0):
         members = links[:, ends == seen]
-        members = members[:, torch.randperm(members.shape[1], generator=generator)]
+        order = torch.randperm(members.shape[1], generator=generator, device=draw_device(generator))
+        members = members[:, order.cpu()]
         n_test = int(edge_ratio * members.shape[1])
         classes.append((members[:, :n_test], members[:, n_test:]))
     (test_oo, inside), (test_ou, rest_ou), (test_uu, rest_uu) = classes
@@ -670,7 +674,7 @@ def fit_link_decoder(
     integer("patience", patience, 1)
     at_least("lr", lr, 0, strict=True)
     z = finite("z", floating("z", z)).detach()
-    decoder = LinkDecoder(z.shape[1], hidden_channels)
+    decoder = LinkDecoder(z.shape[1], hidden_channels).to(draw_device(generator) or "cpu")
     for layer in decoder.net:
         if isinstance(layer, nn.Linear):  # as torch draws them, but from the generator
             bound = layer.in_features**-0.5
@@ -681,8 +685,10 @@ def fit_link_decoder(
     best, state, idle = -1.0, decoder.state_dict(), 0
     label = torch.cat([z.new_ones(train_pos.shape[1]), z.new_zeros(train_pos.shape[1])])
     for _ in range(max_epochs):
-        u = torch.randint(len(z), (train_pos.shape[1],), generator=generator)
-        v = (u + torch.randint(1, len(z), u.shape, generator=generator)) % len(z)  # another node
+        u = torch.randint(len(z), (train_pos.shape[1],), generator=generator, device=draw_device(generator))
+        v = (u + torch.randint(1, len(z), u.shape, generator=generator, device=u.device)) % len(
+            z
+        )  # another node
         pairs = torch.cat([train_pos, torch.stack([u, v]).to(train_pos)], 1)
         loss = F.binary_cross_entropy_with_logits(decoder(z, pairs), label)
         optimizer.zero_grad()
@@ -788,21 +794,14 @@ def _gcn(edge_index: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     send, receive = torch.cat([kept[0], loops]), torch.cat([kept[1], loops])
     scale = torch.bincount(receive, minlength=n).to(dtype).rsqrt()
     weight = scale[send] * scale[receive]
-    matrices = []
-    with warnings.catch_warnings():  # torch calls its CSR tensors beta
-        warnings.simplefilter("ignore")
-        for row, column in ((receive, send), (send, receive)):
-            order = row.argsort()
-            ends = torch.cat([row.new_zeros(1), torch.bincount(row, minlength=n).cumsum(0)])
-            matrices.append(torch.sparse_csr_tensor(ends, column[order], weight[order], (n, n)))
-    return matrices[0], matrices[1]
+    return adjacency(send, receive, weight, n), adjacency(receive, send, weight, n)
 
 
 def _augment(
     x: Any, edge_index: Tensor, drop_edge: float, drop_feature: float, generator: torch.Generator | None
 ) -> View:
     kept, columns = (
-        torch.rand(size, generator=generator).to(edge_index.device) >= share
+        torch.rand(size, generator=generator, device=draw_device(generator)).to(edge_index.device) >= share
         for size, share in ((edge_index.shape[1], drop_edge), (x.shape[1], drop_feature))
     )
     view = x.without_columns(columns) if isinstance(x, _SparseFeatures) else x * columns.to(x)
@@ -814,14 +813,18 @@ def _corrupt(x: Any, edge_index: Tensor, kind: str, generator: torch.Generator |
         return _augment(x, edge_index, 0.95, 0.95, generator)
     n, count = len(x), edge_index.shape[1]
     if "shuffle-features" in kind:
-        x = x[torch.randperm(n, generator=generator).to(x.device)]
+        x = x[torch.randperm(n, generator=generator, device=draw_device(generator)).to(x.device)]
     elif "random-features" in kind:
-        x = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        x = torch.rand(x.shape, generator=generator, device=draw_device(generator), dtype=x.dtype).to(
+            x.device
+        )
     if "count" in kind:
         low, high = math.ceil(0.75 * count), math.ceil(1.25 * count)
-        count = int(torch.randint(low, high + 1, (), generator=generator))
+        count = int(torch.randint(low, high + 1, (), generator=generator, device=draw_device(generator)))
     if "edges" in kind:
-        edge_index = torch.randint(n, (2, count), generator=generator).to(edge_index)
+        edge_index = torch.randint(n, (2, count), generator=generator, device=draw_device(generator)).to(
+            edge_index
+        )
     return x, edge_index
 
 
@@ -850,20 +853,9 @@ def _reset(encoder: nn.Module) -> None:
 
 def _links(edge_index: Tensor, n: int) -> Tensor:
     """Return each undirected link once, smaller node first."""
-    has_shape("edge_index", edge_index, (2, None))
-    if edge_index.numel() and (int(edge_index.min()) < 0 or int(edge_index.max()) >= n):
-        raise ValueError(
-            f"edge_index must hold nodes in 0..{n - 1}, got {int(edge_index.min())} to {int(edge_index.max())}"
-        )
-    u, v = edge_index[:, edge_index[0] != edge_index[1]].cpu()
-    there, back = (u * n + v).unique(), (v * n + u).unique()
-    if not torch.equal(there, back):
-        lone = there[~torch.isin(there, back)][:1].tolist()
-        raise ValueError(
-            f"edge_index must list both directions: {lone[0] // n} -> {lone[0] % n} lacks its reverse"
-        )
-    links = torch.stack([there // n, there % n])
-    return links[:, links[0] < links[1]]
+    u, v = check_undirected(edge_index, n).cpu()
+    key = (u * n + v)[u < v].unique()
+    return torch.stack([key // n, key % n])
 
 
 def _both(links: Tensor) -> Tensor:
@@ -878,7 +870,9 @@ def _non_links(links: Tensor, n: int, count: int, generator: torch.Generator | N
         raise ValueError(f"edge_index leaves {free} pairs without a link, {count} are needed")
     found = taken.new_zeros(0)
     while len(found) < count:
-        pair = torch.randint(n, (2, 2 * count + 16), generator=generator)
+        pair = torch.randint(n, (2, 2 * count + 16), generator=generator, device=draw_device(generator)).to(
+            links
+        )
         key = pair.min(0).values * n + pair.max(0).values
         key = key[(pair[0] != pair[1]) & ~torch.isin(key, taken)]
         both = torch.cat([found, key])

@@ -7,9 +7,33 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["curves", "dots"]
+__all__ = ["alone", "curves", "dots"]
 
 WIDTH, LEFT, RIGHT = 640, 70, 20
+COLOURS = ("#0b57b7", "#b3261e", "#1b7f3b", "#8a5a00", "#6b3fa0", "#5b6270")
+STYLE = (
+    "svg{background:#fff;font:12px system-ui,sans-serif}text{fill:#1c1e21}.soft{fill:#5b6270}.axis{stroke:#c9ced6}"
+    ".mark{stroke:#5b6270;stroke-dasharray:4 4}.dot{fill:#0b57b7;fill-opacity:.75}.mean{fill:#1c1e21}"
+    ".interval{stroke:#1c1e21;stroke-width:3}polyline{fill:none}.thin{stroke-opacity:.35}.thick{stroke-width:2.2}"
+    ".c1.thick,.c4.thick{stroke-dasharray:7 3}.c2.thick,.c5.thick{stroke-dasharray:2 3}.c3.thick{stroke-dasharray:9 3 2 3}"
+    + "".join(f".c{k}{{stroke:{colour}}}.c{k}.spot{{fill:{colour}}}" for k, colour in enumerate(COLOURS))
+)
+
+
+def alone(figure: str) -> str:
+    """Return a figure as a file of its own, with its style.
+
+    Parameters
+    ----------
+    figure : str
+        What `dots` or `curves` return, not empty.
+
+    Returns
+    -------
+    str
+    """
+    head, end, rest = figure.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).partition(">")
+    return f"{head}{end}<style>{STYLE}</style>{rest}\n"
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, integer, within
+from posterity._random import draw_device
 
 __all__ = [
     "TangosClassifier",
@@ -172,7 +173,7 @@ def tangos_terms(
         unit = a / norm[:, :, None]
         cosines = (unit @ unit.mT).tril(-1)
         return TangosTerms(specialization, cosines.abs().sum() / (len(a) * pairs))
-    device = x.device if generator is None else generator.device
+    device = draw_device(generator, x.device)
     first = torch.randint(units, (n_pairs,), generator=generator, device=device)
     step = torch.randint(1, units, (n_pairs,), generator=generator, device=device)
     i, j = first.to(a.device), ((first + step) % units).to(a.device)  # i != j, uniform over pairs

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, integer, one_of
+from posterity._random import draw_device
 
 __all__ = ["QuasiSlicedWasserstein", "sliced_wasserstein", "sphere_points"]
 
@@ -81,14 +82,14 @@ def sphere_points(
     integer("n", n, 1)
     _check_method(method, randomize)
     if method == "random":
-        points = _normalized(torch.randn(n, 3, generator=generator, dtype=torch.float64))
+        points = _normalized(_randn((n, 3), generator))
     else:
         seed = None
         if randomize == "scramble":
-            seed = int(torch.randint(2**31, (), generator=generator))
+            seed = int(torch.randint(2**31, (), generator=generator, device=draw_device(generator)))
         points = _points(n, method) if seed is None else _sobol(n, method, seed)
         if randomize == "rotate":
-            points = points @ _rotations((), generator)
+            points = points @ _rotations((), generator).to(points)
     return points.to(dtype=dtype, device=device)
 
 
@@ -247,7 +248,7 @@ class QuasiSlicedWasserstein(nn.Module):
 
     def _draw(self, batch: tuple[int, ...]) -> Tensor:
         if self.method == "random":
-            return torch.randn(*batch, self.n_directions, 3, generator=self.generator, dtype=torch.float64)
+            return _randn((*batch, self.n_directions, 3), self.generator)
         if self.randomize == "rotate":
             return self.directions @ _rotations(batch, self.generator).to(self.directions)
         if self.randomize == "scramble":
@@ -321,9 +322,13 @@ def _least_energy(start: Tensor, method: str) -> Tensor:
     return best[1]
 
 
+def _randn(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=draw_device(generator))
+
+
 def _rotations(batch: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Return uniform rotations (*batch, 3, 3)."""
-    q, r = torch.linalg.qr(torch.randn(*batch, 3, 3, generator=generator, dtype=torch.float64))
+    q, r = torch.linalg.qr(_randn((*batch, 3, 3), generator))
     q = q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]  # QR is unique, and q uniform, only so
     return q * torch.linalg.det(q)[..., None, None]
 

@@ -21,6 +21,7 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.nn import functional as F
 
 from posterity._checks import at_least, integer, one_of
+from posterity._random import draw_device
 from posterity.uncertainty._neural_process import NeuralProcess, Tasks, mlp, predictive_log_density, tasks
 
 __all__ = ["CNP", "ARSample", "ConvCNP", "ar_log_likelihood", "ar_sample"]
@@ -190,9 +191,9 @@ def ar_sample(
     steps = walk(many)
     predictive = next(steps)
     for _ in range(m):
-        noise = torch.randn(predictive.loc.shape, dtype=predictive.loc.dtype, device=predictive.loc.device,
-                            generator=generator)  # fmt: skip
-        drawn.append(predictive.loc + predictive.scale * noise)
+        loc, where = predictive.loc, draw_device(generator, predictive.loc.device)
+        noise = torch.randn(loc.shape, dtype=loc.dtype, device=where, generator=generator)
+        drawn.append(loc + predictive.scale * noise.to(loc.device))
         means.append(predictive.loc)
         variances.append(predictive.scale.square())
         predictive = steps.send(drawn[-1])
@@ -535,8 +536,7 @@ def _permutation(order: Order, batch: Tasks, generator: torch.Generator | None) 
         return turns
     if order == "given":
         return torch.arange(m, device=device).expand(n, m)
-    where = generator.device if generator is not None else "cpu"
-    return torch.randperm(m, generator=generator, device=where).to(device).expand(n, m)
+    return torch.randperm(m, generator=generator, device=draw_device(generator)).to(device).expand(n, m)
 
 
 def _one_point(predictive: Any, shape: tuple[int, ...]) -> Normal:

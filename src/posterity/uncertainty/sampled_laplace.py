@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of
+from posterity._random import draw_device
 
 __all__ = ["SampledLaplace", "sample_posterior"]
 
@@ -715,10 +716,9 @@ def _warn(residual: float, tol: float, max_iter: int, solver: str) -> None:
 
 
 def _randn(shape: tuple[int, ...], like: Tensor, generator: Generator) -> Tensor:
-    device = generator.device if generator is not None else like.device
-    return torch.randn(shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
+    where = draw_device(generator, like.device)
+    return torch.randn(shape, dtype=like.dtype, device=where, generator=generator).to(like.device)
 
 
 def _shuffled(n: int, generator: Generator) -> Tensor:
-    device = generator.device if generator is not None else None
-    return torch.randperm(n, generator=generator, device=device).cpu()
+    return torch.randperm(n, generator=generator, device=draw_device(generator)).cpu()

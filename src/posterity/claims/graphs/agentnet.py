@@ -116,7 +116,7 @@ def four_cycles(
     paper="agentnet",
     says="Walking is learned and not luck.",
     where="Martinkus et al., the ablation of moves",
-    arms=("random", "learned"),
+    arms=("random", "simple", "learned"),
     metric="test accuracy, whether a graph has a cycle of four",
     better="higher",
     smallest={"steps": 3, "n_test": 20, "hidden": 8},
@@ -124,8 +124,8 @@ def four_cycles(
 def learned_walks(
     trial: Trial, hidden: int = 32, walk: int = 8, steps: int = 250, n_test: int = 200
 ) -> dict[str, float]:
-    """Do the task of `four_cycles` with uniform moves and with learned ones."""
-    return _compete(trial, ("random", "learned"), hidden, walk, steps, n_test)
+    """Do the task of `four_cycles` with uniform moves, with four learned numbers for them, and with a network."""
+    return _compete(trial, ("random", "simple", "learned"), hidden, walk, steps, n_test)
 
 
 @trend(

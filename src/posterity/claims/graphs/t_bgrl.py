@@ -68,7 +68,7 @@ def newcomers(
     norm_momentum: float = 0.01,
     epochs: int = 150,
     decoder_epochs: int = 200,
-    n_splits: int = 2,
+    n_splits: int = 6,
 ) -> dict[str, float]:
     """Train on part of a graph, then predict links of nodes and links that were not there.
 
