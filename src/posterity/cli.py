@@ -498,6 +498,7 @@ def compare(
         console.print(table)
         console.print(f"{rows[0]['better']} is better; = ties: the paired difference to the first of the rank has "
                       f"0 in its 95 % interval; {seeds} seeds", style="dim")  # fmt: skip
+        console.print(engine.advice(rows), markup=False)
     if any("error" in row for row in rows):
         raise typer.Exit(1)
 

@@ -14,7 +14,7 @@ from posterity.engine.fingerprint import fingerprint
 from posterity.engine.store import Job, Outcome, Store
 from posterity.papers import Paper, papers
 
-__all__ = ["Plan", "compare", "execute", "judge", "plan_claims", "stored_rows"]
+__all__ = ["Plan", "advice", "compare", "execute", "judge", "plan_claims", "stored_rows"]
 
 A_WEEK = 7 * 24 * 3600.0
 
@@ -383,3 +383,25 @@ def _rank(question: Any, pairs: list[tuple[Job, Outcome]], papers_of: dict[str, 
     rows += [{"rank": None, "entry": name, "paper": papers_of[name] or None, "metric": question.metric,
               "better": question.better, "error": text} for name, text in errors.items()]  # fmt: skip
     return rows
+
+
+def advice(rows: list[dict[str, Any]]) -> str:
+    """Return whether an ordinary choice is enough on this data, in a sentence.
+
+    Parameters
+    ----------
+    rows : list of dict
+        A ranking, as the function from `compare` returns it.
+
+    Returns
+    -------
+    str
+    """
+    ordinary = next((row for row in rows if row["rank"] and not row["paper"]), None)
+    if ordinary is None:
+        return "No ordinary choice ran, so there is nothing to compare with."
+    first = ordinary["entry"]
+    if ordinary["rank"] == 1:
+        return f"{first}, an ordinary choice, is enough here: nothing is shown to be better."
+    better = [row["entry"] for row in rows if row["rank"] and row["rank"] < ordinary["rank"]]
+    return f"{first}, the best ordinary choice, is not enough here: {', '.join(better)} did better."

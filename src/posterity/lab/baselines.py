@@ -191,7 +191,7 @@ def focal_loss(train: Any, seed: int) -> Predict:
 
 
 class GraphNet(nn.Module):
-    """Graph convolutions with residual connections and layer normalisation.
+    """Graph convolutions with residual connections, layer normalisation and a map of a node's own state.
 
     Parameters
     ----------
@@ -208,14 +208,16 @@ class GraphNet(nn.Module):
         super().__init__()
         self.encoder, self.readout = nn.Linear(n_in, width), nn.Linear(width, n_out)
         self.convs = nn.ModuleList(conv(width, width) for _ in range(depth))
+        self.own = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         """Return scores of shape (nodes, n_out)."""
         x = self.dropout(self.encoder(self.dropout(x)).relu())
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = x + self.dropout(conv(norm(x), edge_index).relu())
+        for conv, own, norm in zip(self.convs, self.own, self.norms, strict=True):
+            h = norm(x)
+            x = x + self.dropout((conv(h, edge_index) + own(h)).relu())
         return self.readout(x)
 
 
