@@ -4,8 +4,8 @@
     python -m benchmarks.growth transport  # one
 
 Each point is the median of a few calls, forward and backward where a method has a gradient;
-a curve ends where a call takes longer than ten seconds. Beside each name is the slope of
-log seconds against log size over its upper half: 1 is linear.
+a curve ends where the next call would take longer than some ten seconds. Beside each name
+is the slope of log seconds against log size over its larger sizes: 1 is linear.
 """
 
 import argparse

@@ -141,7 +141,9 @@ def transported(on):
     points = transport.sphere_points(40, dtype=torch.float64, device=on)
     a, b, cost = draw(9).softmax(0).to(on), draw(7, seed=1).softmax(0).to(on), draw(9, 7, seed=2).abs().to(on)
     return (
-        transport.sparse_transport(a, b, cost, k=5).value, transport.multimarginal_emd(histograms).value, transport.soft_histogram(draw(50).sigmoid().to(on)),
+        transport.sparse_transport(a, b, cost, k=5).value,
+        transport.multimarginal_emd(histograms).value,
+        transport.soft_histogram(draw(50).sigmoid().to(on)),
         transport.sliced_wasserstein(x, y, points),
         transport.project_sparse_simplex(draw(3, 7).to(on), 2),
     )  # fmt: skip

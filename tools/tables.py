@@ -19,7 +19,9 @@ with it are bold: their paired difference has 0 in its 95 % interval, which is w
 few seeds.
 
 """
-TAIL = "On a graph of your own: `posterity compare node-classification --data FILE.npz`.\n"
+TAIL = """On a graph of your own: `posterity compare node-classification --data FILE.npz`.
+`python -m tools.tables` writes this page.
+"""
 
 
 def cell(row):

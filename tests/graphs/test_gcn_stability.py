@@ -302,7 +302,7 @@ def test_networks_on_fine_and_coarse_graphs_differ_by_at_most_the_bound(seed, ac
             input_error=norm(change, mu),
             measure=float(mu.sum()),
         )
-        assert error <= limit and (error > 0 or act == "relu")  # rectified units may all be off
+        assert 0 < error <= limit
 
 
 def test_the_bound_of_one_layer_is_the_formula():

@@ -402,6 +402,7 @@ def advice(rows: list[dict[str, Any]]) -> str:
         return "No ordinary choice ran, so there is nothing to compare with."
     first = ordinary["entry"]
     if ordinary["rank"] == 1:
-        return f"{first}, an ordinary choice, is enough here: nothing is shown to be better."
+        seeds = len(ordinary["values"])
+        return f"{first}, an ordinary choice, is enough as far as {seeds} seeds tell: nothing is shown to be better."
     better = [row["entry"] for row in rows if row["rank"] and row["rank"] < ordinary["rank"]]
-    return f"{first}, the best ordinary choice, is not enough here: {', '.join(better)} did better."
+    return f"{first}, the best ordinary choice, is not enough: {', '.join(better)} did better."

@@ -686,9 +686,8 @@ def fit_link_decoder(
     label = torch.cat([z.new_ones(train_pos.shape[1]), z.new_zeros(train_pos.shape[1])])
     for _ in range(max_epochs):
         u = torch.randint(len(z), (train_pos.shape[1],), generator=generator, device=draw_device(generator))
-        v = (u + torch.randint(1, len(z), u.shape, generator=generator, device=u.device)) % len(
-            z
-        )  # another node
+        # v is another node
+        v = (u + torch.randint(1, len(z), u.shape, generator=generator, device=u.device)) % len(z)
         pairs = torch.cat([train_pos, torch.stack([u, v]).to(train_pos)], 1)
         loss = F.binary_cross_entropy_with_logits(decoder(z, pairs), label)
         optimizer.zero_grad()

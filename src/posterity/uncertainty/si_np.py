@@ -119,9 +119,8 @@ class SINP(nn.Module):
     1. The published code draws from the prior by default and lets gradients through the
        particles; the prior then shrinks to a point. This follows the paper's derivation.
     2. Predictions draw z from the prior given the context, never from the proposal.
-    3. Nothing bounds the scale of z, in the paper's code neither. At a constant rate of 2e-3
-       it grew to some 200 within 2,500 steps of Adam, and training broke: let the rate fall
-       in long runs.
+    3. Nothing bounds the scale of z. At a constant learning rate it can grow until training
+       breaks (Adam at 2e-3: after some 3,000 steps); let the rate fall in long runs.
 
     References
     ----------

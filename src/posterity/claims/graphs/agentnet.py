@@ -124,7 +124,10 @@ def four_cycles(
 def learned_walks(
     trial: Trial, hidden: int = 32, walk: int = 8, steps: int = 250, n_test: int = 200
 ) -> dict[str, float]:
-    """Do the task of `four_cycles` with uniform moves, with four learned numbers for them, and with a network."""
+    """Do the task of `four_cycles` with uniform moves, with simple and with learned ones.
+
+    Simple moves have four learned numbers, for back, stay, explored and unexplored.
+    """
     return _compete(trial, ("random", "simple", "learned"), hidden, walk, steps, n_test)
 
 

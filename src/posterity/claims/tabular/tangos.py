@@ -7,6 +7,7 @@ import pandas as pd
 from numpy import ndarray
 from sklearn.metrics import log_loss
 
+from posterity._checks import integer
 from posterity.claims import Trial, comparison
 from posterity.lab.data import Table, split
 from posterity.lab.tables import load_table, table_encoder
@@ -115,6 +116,7 @@ def generalises(
     test rows: strong specialisation leaves all units on the few columns that count, so that
     their overlap can rise while their size falls.
     """
+    integer("n_splits", n_splits, 1)
     off = {"lr": lr, "lambda_spec": 0.0, "lambda_orth": 0.0}
     losses = []
     for number in range(n_splits):
@@ -156,6 +158,7 @@ def adds_to_dropout(
     is smaller than that over no regularisation, so that a trial is the mean over more splits.
     All else is as in ``generalises``.
     """
+    integer("n_splits", n_splits, 1)
     off = {"lr": lr, "lambda_spec": 0.0, "lambda_orth": 0.0}
     losses = []
     for number in range(n_splits):
