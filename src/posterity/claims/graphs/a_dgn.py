@@ -9,7 +9,7 @@ import torch
 from scipy.sparse.csgraph import shortest_path
 from torch import Tensor, nn
 
-from posterity._checks import needs
+from posterity._checks import integer, needs
 from posterity.claims import Trial, comparison
 from posterity.graphs import ADGN
 from posterity.lab.data import Graph
@@ -175,6 +175,7 @@ def long_range(
     epochs are the same. With fewer than 400 steps the gap is not reliable. The paper trains
     on 5,120 graphs for up to 1,500 epochs. The records are of the first set.
     """
+    integer("n_sets", n_sets, 1)
     sets = [trial, *(Trial(trial.seed + 10_000 * number) for number in range(1, n_sets))]
     results = [_race(each, task, n_graphs, hidden, epochs) for each in sets]
     return {arm: float(np.mean([result[arm] for result in results])) for arm in results[0]}
