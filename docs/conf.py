@@ -102,10 +102,9 @@ def domain_page(domain, here):
     doc = importlib.import_module(f"posterity.{domain}").__doc__
     out = [f"# posterity.{domain}", "", doc, ""]
     for paper in here:
-        module = importlib.import_module(paper.module)
         out += [f"## {paper.slug}", "", f"[{paper.title}](../papers/{paper.slug}.md)", ""]
         for name in paper.exports:
-            thing = getattr(module, name)
+            thing = getattr(importlib.import_module(paper.home(name)), name)
             kind = "autoclass" if isinstance(thing, type) else "autofunction"
             if not callable(thing) or not (isinstance(thing, type) or hasattr(thing, "__code__")):
                 kind = "autodata"

@@ -12,7 +12,6 @@ import pytest
 
 from posterity.cli import main
 from posterity.engine.store import Store
-from posterity.papers import get, papers
 
 FAST = ["minibatch-kmeans", "--claim", "local_implies_global", "--set", "max_iter=3", "--set", "n_rows=300"]
 
@@ -178,23 +177,6 @@ def test_ctrl_c_keeps_what_is_stored_and_says_how_to_go_on():
     kept = int(re.search(r"stopped; (\d+) of 500 trials are stored", err)[1])
     assert len(Store().all()) >= kept >= 2
     assert "posterity run minibatch-kmeans" in err
-
-
-@pytest.mark.parametrize("slug", [paper.slug for paper in papers().values() if paper.implemented])
-def test_a_vendored_method_runs_without_posterity(slug, tmp_path):
-    """The vendored file is imported where Posterity cannot be, and the lines that use it run."""
-    code, source, err = call("vendor", slug)
-    assert code == 0, err
-    assert "Apache License" in source
-    assert "@inproceedings" in source
-    path = tmp_path / f"vendored_{slug.replace('-', '_')}.py"
-    path.write_text(source)
-    lines = re.sub(r"from posterity\.\w+(\.\w+)? import", f"from {path.stem} import", get(slug).lines)
-    block = "import sys\nsys.modules['posterity'] = None\nsys.path.insert(0, '.')\n"
-    done = subprocess.run(
-        [sys.executable, "-c", block + lines], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_new_writes_four_files_that_the_linter_passes_and_whose_tests_say_what_is_missing(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import posterity
-from posterity.papers import DOMAINS, ROOT, Paper, _parsed, get, papers, read
+from posterity.papers import DOMAINS, ROOT, Paper, _parsed, get, papers, read, record
 from posterity.stubs import stubs
 
 EVERY = list(papers().values())
@@ -43,11 +43,11 @@ def test_a_record_says_what_the_method_does(paper):
 def test_an_implemented_record_is_whole(paper):
     for name in ("kind", "exports", "problem", "lines", "labels", "gpu", "url", "since"):
         assert getattr(paper, name), f"{paper.slug}.toml lacks {name}"
-    module = importlib.import_module(paper.module)
-    assert sorted(module.__all__) == sorted(paper.exports)
+    listed = [name for module in paper.modules for name in importlib.import_module(module).__all__]
+    assert sorted(listed) == sorted(paper.exports), "exports are the __all__ of the method files together"
     domain = importlib.import_module(f"posterity.{paper.domain}")
     for name in paper.exports:
-        assert getattr(domain, name) is getattr(module, name)
+        assert getattr(domain, name) is getattr(importlib.import_module(paper.home(name)), name)
         assert name in dir(domain)
     assert paper.claims_file is not None
 
@@ -106,6 +106,35 @@ def test_a_record_with_a_wrong_field_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read(path)
+
+
+def test_a_method_of_several_files_is_one_paper(tmp_path):
+    """Each name is found in the file that lists it, and one that no file lists is said."""
+    package = tmp_path / "posterity" / "graphs"
+    package.mkdir(parents=True)
+    (package / "one.py").write_text("__all__ = ['first']\n")
+    (package / "two.py").write_text("__all__: list[str] = ['second']\n")
+    facts = {"slug": "one", "domain": "graphs", "title": "T", "authors": ["A"], "venue": "ICLR 2024", "track": "p",
+             "summary": "S.", "tags": [], "exports": ["first", "second", "third"], "parts": ["two"]}  # fmt: skip
+    paper = record(tmp_path / "one.toml", facts, tmp_path / "posterity")
+    assert paper.modules == ("posterity.graphs.one", "posterity.graphs.two")
+    assert [paper.home(name) for name in paper.exports[:2]] == list(paper.modules)
+    with pytest.raises(ValueError, match="no method file has 'third'"):
+        paper.home("third")
+
+
+def test_a_public_module_of_a_domain_is_served_by_its_name(tmp_path, monkeypatch):
+    """It is found by its file, and is in the stub; files of papers and private ones are no public modules."""
+    import posterity.papers as index
+
+    package = tmp_path / "language"
+    package.mkdir()
+    for name in ("__init__", "_private", "sandbox"):
+        (package / f"{name}.py").write_text("")
+    monkeypatch.setattr(index, "ROOT", tmp_path)
+    assert index.public_modules("language") == ["posterity.language.sandbox"]
+    monkeypatch.setattr("posterity.stubs.ROOT", tmp_path)
+    assert stubs()[package / "__init__.pyi"] == "from posterity.language import sandbox as sandbox\n"
 
 
 @pytest.mark.parametrize("first", ["posterity.graphs.semantic_robustness", "posterity.graphs"])

@@ -17,7 +17,10 @@ SHARED = ("posterity.testing", "posterity.claims", "posterity.lab.data", "poster
 
 def public():
     """Yield the dotted name of every public function and class, and the public methods of classes."""
-    for name in [*SHARED, *(paper.module for paper in papers().values() if paper.implemented)]:
+    for name in [
+        *SHARED,
+        *(module for paper in papers().values() if paper.implemented for module in paper.modules),
+    ]:
         module = importlib.import_module(name)
         for attribute in module.__all__:
             thing = getattr(module, attribute)

@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from posterity.papers import DOMAINS, ROOT, papers
+from posterity.papers import DOMAINS, ROOT, papers, public_modules
 
 __all__ = ["stubs"]
 
@@ -19,9 +19,11 @@ def stubs() -> dict[Path, str]:
             for p in papers().values()
             if p.domain == domain and p.module.startswith("posterity.") and p.implemented
         ]
-        if not here:
+        shared = [name.rpartition(".")[2] for name in public_modules(domain)]
+        if not here and not shared:
             continue
-        rows = sorted(f"from {p.module} import {name} as {name}" for p in here for name in p.exports)
+        rows = sorted(f"from {p.home(name)} import {name} as {name}" for p in here for name in p.exports)
+        rows += [f"from posterity.{domain} import {name} as {name}" for name in shared]
         texts[ROOT / domain / "__init__.pyi"] = "\n".join(rows) + "\n"
     return texts
 

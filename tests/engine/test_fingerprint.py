@@ -6,7 +6,7 @@ import pytest
 
 from posterity.engine import fingerprint as module
 from posterity.engine.fingerprint import fingerprint, sources
-from posterity.papers import papers
+from posterity.papers import method_modules, papers
 
 implemented = [paper for paper in papers().values() if paper.claims_file]
 
@@ -14,12 +14,12 @@ implemented = [paper for paper in papers().values() if paper.claims_file]
 @pytest.mark.parametrize("paper", implemented, ids=lambda paper: paper.slug)
 def test_covers_claim_method_and_the_lab_it_uses_but_no_other_paper(paper):
     names = sources(paper.claims)
-    assert {paper.claims, paper.module, "posterity._checks"} <= names
+    assert {paper.claims, "posterity._checks"} <= names
+    assert names & set(paper.modules)
     assert not any(
         name.startswith(("posterity.engine", "posterity.cli", "posterity.papers")) for name in names
     )
-    others = {other.module for other in papers().values() if other.slug != paper.slug}
-    assert not names & others
+    assert not names & (method_modules() - set(paper.modules))
 
 
 CLAIM = """from posterity.lab.b import f
@@ -102,6 +102,16 @@ def test_a_module_counts_by_the_names_taken_from_it(edited):
     assert edited(CLAIM, named.replace("return b.f()", "return b"), ("return 3", "return 4")) != edited(
         CLAIM, named.replace("return b.f()", "return b")
     )
+
+
+def test_a_definition_may_move_and_types_of_arguments_do_not_count(edited):
+    """`f` and what it uses move from the lab's module to the claim's own file, and back."""
+    plain = edited()
+    whole = LAB[LAB.index("import numpy") :].replace("def other():\n    return 3\n", "")
+    assert edited(CLAIM, CLAIM.replace("from posterity.lab.b import f\n", whole)) == plain
+    assert edited("def f():", "def f(x: int = 1) -> float:") == edited("def f():", "def f(x=1):") != plain
+    there = edited("    return f()", "    from posterity.lab.b import f\n    return f()")
+    assert there == edited("    return f()", "    from posterity.lab import f\n    return f()") != plain
 
 
 def test_other_claims_of_the_file_count_only_in_the_whole(edited):

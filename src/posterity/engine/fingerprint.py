@@ -1,15 +1,16 @@
 """Fingerprints: which code a trial ran, so that other work leaves its evidence current.
 
-A fingerprint covers a claim and what it uses of Posterity, transitively: its method, whole,
-and of its file, the lab and private modules, which papers share, the definitions that are
-reached by name, so that those can grow and claims do not wait for each other. What a module
-does on import counts as soon as the module is reached: registered data sets, loops,
-conditions. Comments, layout and docstrings do not count. The versions of torch, numpy and
-scikit-learn do.
+A fingerprint covers the definitions of Posterity that a claim reaches by name, transitively:
+in its file, its method, the lab and what papers share. What a module does on import counts as
+soon as the module is reached: registered data sets, loops, conditions. What code says counts,
+not where it stands: a definition may move to another file, and comments, layout, docstrings,
+the types of arguments and the paths of our own imports do not count. The versions of torch,
+numpy and scikit-learn do.
 """
 
 import ast
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
@@ -24,6 +25,7 @@ __all__ = ["fingerprint", "sources"]
 LIBRARIES = ("torch", "numpy", "scikit-learn")
 # Decorators of what counts only where it is named; other calls, such as `dataset`, register.
 BY_NAME = {"dataclass", "entry", "comparison", "bound", "trend"}
+OURS = re.compile(r"(?<=(?:name|dule)=')posterity\.[\w.]+")
 # The index, the forms of claims and the engine describe and run; they do not compute.
 SKIP = ("posterity.papers", "posterity.engine")
 
@@ -32,9 +34,11 @@ SKIP = ("posterity.papers", "posterity.engine")
 def fingerprint(module: str, claim: str = "") -> str:
     """Return the fingerprint of a claim of a module, or of a module: 12 hexadecimal digits."""
     digest = hashlib.sha256()
-    for name, statements in sorted(_reached(module, claim).items()):
-        for number in sorted(statements):
-            digest.update(f"{name}\0{_parsed(name).meaning(number)}\0".encode())
+    meanings = {
+        _parsed(name).meaning(each) for name, found in _reached(module, claim).items() for each in found
+    }
+    for meaning in sorted(meanings):
+        digest.update(f"{meaning}\0".encode())
     for library in LIBRARIES:
         digest.update(f"{library} {version(library).split('+')[0]}\0".encode())
     return digest.hexdigest()[:12]
@@ -50,6 +54,8 @@ class _Parsed:
 
     def __init__(self, path: Path) -> None:
         self.body = ast.parse(path.read_text(encoding="utf-8")).body
+        for node in self.body:
+            _strip(node)
         self.binds: dict[str, int] = {}
         self.imports: dict[str, tuple[str, str]] = {}
         self.imported: set[int] = set()  # imports from elsewhere: they count where they are used
@@ -73,13 +79,8 @@ class _Parsed:
                 self.always.add(number)
 
     def meaning(self, number: int) -> str:
-        """Return a statement without comments, layout and docstrings."""
-        for node in ast.walk(self.body[number]):
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                first = node.body[0] if node.body else None
-                if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-                    node.body = node.body[1:] or [ast.Pass()]
-        return ast.dump(self.body[number])
+        """Return what a statement says; where an import of ours comes from is not part of it."""
+        return OURS.sub("posterity", ast.dump(self.body[number]))
 
     def uses(self, number: int) -> Iterator[tuple[str, str]]:
         """Yield (module, name) of each import that a statement uses, ("", name) of its own."""
@@ -108,11 +109,9 @@ def _reached(root: str, claim: str) -> dict[str, set[int]]:
             continue
         parsed = _parsed(module)
         new = set(parsed.always)
-        shared = module.startswith("posterity.lab.") or module.rpartition(".")[2].startswith("_")
-        by_name = shared or (claim and module == root)
-        if by_name and name in parsed.imports:
+        if name in parsed.imports:
             todo.append(parsed.imports[name])
-        elif by_name and name in parsed.binds:
+        elif name in parsed.binds:
             new.add(parsed.binds[name])
         else:  # the module as a whole
             new |= set(parsed.binds.values()) - parsed.imported
@@ -120,6 +119,19 @@ def _reached(root: str, claim: str) -> dict[str, set[int]]:
         found[module] |= new
         todo += [(of or module, used) for number in new for of, used in parsed.uses(number)]
     return found
+
+
+def _strip(statement: ast.stmt) -> None:
+    """Take out of a statement what computes nothing."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+                node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
 
 
 def _imported(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -145,7 +157,7 @@ def _definer(module: str, name: str) -> tuple[str, str]:
         return f"{module}.{name}", ""
     for paper in papers().values():
         if name in paper.exports and module == f"posterity.{paper.domain}":
-            return paper.module, name
+            return paper.home(name), name
     return module, name
 
 

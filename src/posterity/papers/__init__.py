@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["DOMAINS", "Paper", "get", "papers", "serve"]
+__all__ = ["DOMAINS", "Paper", "get", "method_modules", "papers", "public_modules", "serve"]
 
 ROOT = Path(__file__).parent.parent
 DOMAINS = (
@@ -46,7 +46,7 @@ class Paper:
     kind : str
         The kind of interface (loss, layer, estimator, solver, ...).
     exports : tuple of str
-        Public names, equal to the module's ``__all__``.
+        Public names, equal to the ``__all__`` of its method files together.
     problem : str
         The problem it solves, in the words of a person who has it.
     lines : str
@@ -63,6 +63,8 @@ class Paper:
         The version that brought it.
     module, claims : str
         Import paths, found from domain and slug unless the record says otherwise.
+    parts : tuple of str
+        Names of further method files beside the first, one an idea.
     """
 
     slug: str
@@ -85,6 +87,7 @@ class Paper:
     since: str = ""
     module: str = ""
     claims: str = ""
+    parts: tuple[str, ...] = ()
     _root: Path = field(default=ROOT, repr=False)
 
     @property
@@ -94,8 +97,24 @@ class Paper:
 
     @property
     def method_file(self) -> Path | None:
-        """File of the method, or None while nobody has written it."""
+        """File of the method, the first of them, or None while nobody has written it."""
         return self._file(self.module)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Import paths of its method files."""
+        package = self.module.rpartition(".")[0]
+        return (self.module, *(f"{package}.{part}" for part in self.parts))
+
+    def home(self, name: str) -> str:
+        """Return the module that defines an exported name, found without importing any."""
+        if not self.parts:
+            return self.module
+        for module in self.modules:
+            path = self._file(module)
+            if path is not None and name in _public(path):
+                return module
+        raise ValueError(f"{self.slug}: no method file has {name!r} in its __all__")
 
     @property
     def claims_file(self) -> Path | None:
@@ -133,6 +152,18 @@ class Paper:
         return f"@inproceedings{{{key},\n{body}\n}}"
 
 
+@cache
+def _public(path: Path) -> frozenset[str]:
+    """Return what a file lists in ``__all__``."""
+    import ast
+
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
+        if getattr(target, "id", "") == "__all__":
+            return frozenset(ast.literal_eval(node.value))  # type: ignore[attr-defined]
+    return frozenset()
+
+
 def read(path: Path, root: Path = ROOT) -> Paper:
     """Return the record in a TOML file, its fields checked."""
     return record(path, tomllib.loads(path.read_text(encoding="utf-8")), root)
@@ -143,7 +174,7 @@ def record(path: Path, facts: dict[str, Any], root: Path = ROOT) -> Paper:
     known = {f.name for f in fields(Paper) if not f.name.startswith("_")}
     if unknown := sorted(set(facts) - known):
         raise ValueError(f"{path.name}: unknown field {unknown[0]!r}, allowed are {sorted(known)}")
-    lists = ("authors", "tags", "exports", "departures")
+    lists = ("authors", "tags", "exports", "departures", "parts")
     for name, value in facts.items():
         if name in lists:
             if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
@@ -197,6 +228,20 @@ def _parsed(folder: Path) -> dict[str, dict[str, Any]]:
     return facts
 
 
+def method_modules() -> set[str]:
+    """Return the import path of every method file of every paper."""
+    return {module for paper in papers().values() for module in paper.modules}
+
+
+def public_modules(domain: str) -> list[str]:
+    """Return the import paths of a domain's public modules, which its papers share and users call.
+
+    They are the files of the domain that belong to no paper and have no underscore in front.
+    """
+    files = (path.stem for path in sorted((ROOT / domain).glob("[!_]*.py")))
+    return [name for name in (f"posterity.{domain}.{stem}" for stem in files) if name not in method_modules()]
+
+
 def get(slug: str) -> Paper:
     """Return the record of a slug, or say which slugs are near it."""
     if slug in papers():
@@ -220,22 +265,27 @@ class _Domain(ModuleType):
 def serve(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return ``__getattr__`` and ``__dir__`` of a domain: names come from its records.
 
-    Nothing is imported before a name is asked for (PEP 562).
+    Nothing is imported before a name is asked for (PEP 562). The domain's public modules are
+    served as modules.
     """
     domain = package.rsplit(".", 1)[-1]
     sys.modules[package].__class__ = _Domain
 
     @cache
-    def names() -> dict[str, str]:
+    def names() -> dict[str, Paper | None]:
+        shared = {name.rpartition(".")[2]: None for name in public_modules(domain)}
         here = (paper for paper in papers().values() if paper.domain == domain and paper.implemented)
-        return {name: paper.module for paper in here for name in paper.exports}
+        return shared | {name: paper for paper in here for name in paper.exports}
 
     def get_name(name: str) -> Any:
         if name == "__all__":
             return sorted(names())
         if name.startswith("__") or name not in names():
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(names()[name]), name)
+        paper = names()[name]
+        if paper is None:
+            return import_module(f"{package}.{name}")
+        value = getattr(import_module(paper.home(name)), name)
         setattr(sys.modules[package], name, value)
         return value
 
