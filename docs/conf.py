@@ -7,9 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import posterity
+from posterity._names import files
 from posterity.engine.discovery import claim_outlines
 from posterity.engine.statistics import describe_range
-from posterity.papers import DOMAINS, papers
+from posterity.papers import DOMAINS, ROOT, papers, public_modules
 
 project = "Posterity"
 author = "The Posterity developers"
@@ -116,6 +117,8 @@ def domain_page(domain, here):
             )
             out += ["```{eval-rst}", f".. py:currentmodule:: posterity.{domain}",
                     f".. {kind}:: posterity.{domain}.{name}" + members.replace("\n", "\n   "), "```", ""]  # fmt: skip
+    for shared in public_modules(domain):
+        out += [f"## {shared}", "", "```{eval-rst}", f".. automodule:: {shared}", "   :members:", "```", ""]
     return "\n".join(out)
 
 
@@ -142,7 +145,9 @@ def write_pages():
         (HERE / "api" / f"{domain}.md").write_text(domain_page(domain, here), encoding="utf-8")
     index = ["# API by domain", "", "```{toctree}", "", *domains, "testing", "```", ""]
     (HERE / "api" / "index.md").write_text("\n".join(index), encoding="utf-8")
-    testing = "# posterity.testing\n\n```{eval-rst}\n.. automodule:: posterity.testing\n   :members:\n```\n"
+    testing = ["# posterity.testing", "", "```{eval-rst}", ".. automodule:: posterity.testing", ""]
+    testing += [f".. autofunction:: posterity.testing.{name}" for name in files(ROOT / "testing")]
+    testing = "\n".join([*testing, "```", ""])
     (HERE / "api" / "testing.md").write_text(testing, encoding="utf-8")
 
 

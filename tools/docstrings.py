@@ -12,7 +12,7 @@ from posterity.papers import papers
 # SS03 summary ends in a stop, PR01/PR02 parameters are documented and exist, RT03 returns described ...
 CHECKS = {"GL08", "SS03", "SS05", "PR01", "PR02", "PR03", "PR07", "RT01", "RT03"}
 SHARED = ("posterity.testing", "posterity.claims", "posterity.lab.data", "posterity.lab.training", "posterity.lab.nets",
-          "posterity.lab.metrics", "posterity.lab.tasks", "posterity.lab.tables", "posterity.engine.run")  # fmt: skip
+          "posterity.lab.metrics", "posterity.lab.tasks", "posterity.lab.data.table", "posterity.engine.run", "posterity.engine.plan", "posterity.engine.verdicts", "posterity.engine.compare")  # fmt: skip
 
 
 def public():

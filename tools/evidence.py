@@ -6,8 +6,10 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from posterity.engine.run import execute, judge, plan_claims
+from posterity.engine.plan import plan_claims
+from posterity.engine.run import execute
 from posterity.engine.store import Store
+from posterity.engine.verdicts import judge
 from posterity.papers import get, papers
 from posterity.site.figures import alone, dots
 

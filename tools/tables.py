@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from posterity.engine.run import advice, compare, execute
+from posterity.engine.compare import advice, compare
+from posterity.engine.run import execute
 from posterity.engine.store import Store
 
 # Few, because all depths of all entries take a quarter of an hour a seed on the last two.

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from benchmarks.timing import race
 from posterity.generative import RectifiedFlow
 from posterity.lab import training
+from posterity.lab.data import load_points
 from posterity.lab.nets import TimeMLP
-from posterity.lab.points import load_points
 
 BATCH, SHAPE = 256, 64
 

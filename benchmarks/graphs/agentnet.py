@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.timing import race
 from posterity.graphs import AgentNet
-from posterity.graphs.agentnet import _aggregate
+from posterity.graphs.segments import _aggregate
 
 
 class Tabled(AgentNet):

@@ -10,7 +10,7 @@ import torch
 from torch_geometric.nn import ChebConv
 
 from benchmarks.timing import race
-from posterity.graphs import ResolventConv, StableGCN, gcn_stability
+from posterity.graphs import ResolventConv, StableGCN, resolvent
 
 
 def grid(side):
@@ -42,11 +42,11 @@ def naive(net, x, edge_index):
 
 def dense(conv, x, edge_index):
     """Return the output of the layer by its dense path, however large the graph."""
-    limit, gcn_stability.LARGEST_DENSE = gcn_stability.LARGEST_DENSE, len(x)
+    limit, resolvent.LARGEST_DENSE = resolvent.LARGEST_DENSE, len(x)
     try:
         return conv(x, edge_index)
     finally:
-        gcn_stability.LARGEST_DENSE = limit
+        resolvent.LARGEST_DENSE = limit
 
 
 def main() -> None:

@@ -1,18 +1,21 @@
-"""Stubs for editors: what each domain serves, written from the records.
+"""Stubs for editors: what each domain and the conformance checks serve, from records and files.
 
 ``python -m posterity.stubs`` writes them; a test holds them equal to the records.
 """
 
 from pathlib import Path
 
+from posterity._names import files
 from posterity.papers import DOMAINS, ROOT, papers, public_modules
 
 __all__ = ["stubs"]
 
 
 def stubs() -> dict[Path, str]:
-    """Return the text of each domain's stub, by path; domains without methods have none."""
-    texts = {}
+    """Return the text of each stub, by path; domains without methods have none."""
+    checks = files(ROOT / "testing")
+    rows = [f"from posterity.testing.{path.stem} import {name} as {name}" for name, path in checks.items()]
+    texts = {ROOT / "testing" / "__init__.pyi": "\n".join(sorted(rows)) + "\n"}
     for domain in DOMAINS:
         here = [
             p

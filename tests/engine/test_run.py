@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 import pytest
 
-from posterity.engine import cluster, run
+from posterity.engine import cluster, compare, plan, run, verdicts
 from posterity.engine.store import Job, Outcome, Store
-from posterity.lab.tasks import TASKS
+from posterity.lab.tasks import get_task
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from posterity.lab.tasks import TASKS
     ],
 )  # fmt: skip
 def test_a_setting_becomes_what_the_signature_says(text, annotation, value):
-    got = run.typed("p", text, annotation)
+    got = plan.typed("p", text, annotation)
     assert got == value and type(got) is type(value)
 
 
@@ -33,7 +33,7 @@ def test_a_setting_becomes_what_the_signature_says(text, annotation, value):
 )  # fmt: skip
 def test_another_text_is_refused_by_name(text, annotation, said):
     with pytest.raises(ValueError, match=said):
-        run.typed("p", text, annotation)
+        plan.typed("p", text, annotation)
 
 
 @pytest.mark.parametrize(("on", "address"), [("ray", None), ("ray://head:10001", "ray://head:10001")])
@@ -62,7 +62,7 @@ def test_trials_of_other_code_are_counted_and_not_shown():
         Job("esd", "unbiased", "posterity.claims.uncertainty.esd:unbiased", {}, 0, "other"),
         Outcome(value=0.0),
     )
-    assert run.current(["esd"], store) == ([], 1)
+    assert verdicts.current(["esd"], store) == ([], 1)
 
 
 def test_an_entry_that_fails_is_ranked_last_with_its_reason():
@@ -73,7 +73,7 @@ def test_an_entry_that_fails_is_ranked_last_with_its_reason():
         for seed, value in enumerate(each)
     ]
     pairs.append((Job("", "compare", "", {"entry": "c"}, 0, ""), Outcome(error="no")))
-    rows = run._rank(TASKS["tabular-regression"], pairs, {"a": "", "b": "esd", "c": ""})
+    rows = compare._rank(get_task("tabular-regression"), pairs, {"a": "", "b": "esd", "c": ""})
     assert [(row["rank"], row["entry"], row["paper"]) for row in rows] == [
         (1, "a", None),
         (2, "b", "esd"),
@@ -86,8 +86,10 @@ def test_a_ranking_says_whether_the_ordinary_choice_is_enough():
     row = {"rank": 1, "entry": "A", "paper": "a"}
     plain = {"rank": 2, "entry": "GCN", "paper": None, "values": [0.8, 0.9]}
     failed = {"rank": None, "entry": "MLP", "paper": None, "error": "no"}
-    assert "GCN, the best ordinary choice, is not enough: A did better" in run.advice([row, plain, failed])
-    assert "GCN, an ordinary choice, is enough as far as 2 seeds tell" in run.advice(
+    assert "GCN, the best ordinary choice, is not enough: A did better" in compare.advice(
+        [row, plain, failed]
+    )
+    assert "GCN, an ordinary choice, is enough as far as 2 seeds tell" in compare.advice(
         [row, {**plain, "rank": 1}]
     )
-    assert "nothing to compare" in run.advice([row, failed])
+    assert "nothing to compare" in compare.advice([row, failed])

@@ -20,15 +20,18 @@ from posterity.lab.data import (
     check,
     fetch,
     kind_of,
+    load_graph,
+    load_images,
+    load_labelled,
+    load_points,
+    load_series,
+    load_table,
     names,
+    read_frame,
     split,
+    table_encoder,
 )  # fmt: skip
-from posterity.lab.graphs import load_graph, read_planetoid
-from posterity.lab.images import load_images
-from posterity.lab.labelled import load_labelled
-from posterity.lab.points import load_points
-from posterity.lab.series import load_series
-from posterity.lab.tables import load_table, read_frame, table_encoder
+from posterity.lab.data.graph import read_planetoid
 
 PUBLIC = Path(os.environ.get("POSTERITY_DATA") or "../shared/data")
 public = pytest.mark.skipif(not (PUBLIC / "tables").is_dir(), reason="the public files are not here")

@@ -9,8 +9,8 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from posterity.cli import main
-from posterity.lab.data import Functions, check, kind_of, names
-from posterity.lab.functions import fit_functions, load_functions, per_target
+from posterity.lab.data import Functions, check, kind_of, load_functions, names
+from posterity.lab.training import fit_functions, per_target
 from posterity.uncertainty import CNP
 
 SIZES = {"n_context": (2, 6), "n_target": 4}

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from posterity.claims.uncertainty import cider, esd
-from posterity.engine.run import compare
-from posterity.lab import baselines
-from posterity.lab.tasks import TASKS, entries
+from posterity.engine.compare import compare
+from posterity.lab.tasks import entries, get_task, image_classification, task_names
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def features(tmp_path):
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     """Return a file of images with a bright spot where their class has it; training is short."""
-    for module in (baselines, cider, esd):
+    for module in (image_classification, cider, esd):
         monkeypatch.setattr(module, "image_epochs", lambda n: 20)
     rng = np.random.default_rng(0)
     y = np.arange(60) % 5
@@ -34,12 +33,12 @@ def images(tmp_path, monkeypatch):
     "name", ["maximum softmax", "energy", "Mahalanobis", "10th nearest neighbour", "CIDER"]
 )
 def test_unknown_classes_score_higher(name, features):
-    assert TASKS["ood-detection"].score(entries("ood-detection")[name].fit, 0, features, None) > 0.6
+    assert get_task("ood-detection").score(entries("ood-detection")[name].fit, 0, features, None) > 0.6
 
 
 def test_unknown_images(images):
     for name in ("energy", "CIDER"):
-        assert 0.3 < TASKS["ood-detection"].score(entries("ood-detection")[name].fit, 0, images, None) <= 1
+        assert 0.3 < get_task("ood-detection").score(entries("ood-detection")[name].fit, 0, images, None) <= 1
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,7 @@ def test_probabilities_are_compared_with_outcomes(name, kind, request):
         predict = entries("calibration")[name].fit(train, seed)
         return lambda x: seen.append(predict(x)) or seen[-1]
 
-    error = TASKS["calibration"].score(fit, 0, request.getfixturevalue(kind), None)
+    error = get_task("calibration").score(fit, 0, request.getfixturevalue(kind), None)
     assert 0 <= error < 0.5
     np.testing.assert_allclose(seen[0].sum(1), 1, atol=1e-5)
 
@@ -66,7 +65,7 @@ def test_hidden_classes_are_never_trained_on(features):
         shown.append(np.unique(train[1]))
         return lambda x: np.zeros(len(x))
 
-    assert TASKS["ood-detection"].score(fit, 0, features, None) == 0.5
+    assert get_task("ood-detection").score(fit, 0, features, None) == 0.5
     assert shown[0].tolist() == [0, 1, 2]
 
 
@@ -82,5 +81,14 @@ def test_an_entry_is_run_by_the_module_that_registers_it_however_often_jobs_are_
     for _ in range(2):
         jobs, _, _ = compare("node-classification", seeds=1)
         homes = {job.params["entry"]: job.params["home"] for job in jobs}
-        assert homes["GCN"] == "posterity.lab.baselines"
+        assert homes["GCN"] == "posterity.lab.tasks.node_classification"
         assert homes["A-DGN"] == "posterity.claims.graphs.a_dgn"
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_task_is_its_file_and_has_ordinary_choices(name):
+    task = get_task(name)
+    assert task.name == name
+    assert not next(iter(entries(name).values())).paper
+    with pytest.raises(ValueError, match=f"task must be one of .*{name}.*, got 'cooking'"):
+        get_task("cooking")

@@ -55,11 +55,10 @@ def load_claims(paper: Paper) -> dict[str, Any]:
 
 
 def entry_modules(task: str) -> list[str]:
-    """Return the modules whose source registers an entry of a task, ordinary ones first."""
-    root = Path(__file__).parent.parent
-    files = {"posterity.lab.baselines": root / "lab" / "baselines.py"}
-    files |= {paper.claims: path for paper in papers().values() if (path := paper.claims_file)}
-    return [module for module, path in files.items() if task in _tasks_in(path)]
+    """Return the modules that register entries of a task: its own, then claims whose source does."""
+    files = {paper.claims: path for paper in papers().values() if (path := paper.claims_file)}
+    own = f"posterity.lab.tasks.{task.replace('-', '_')}"
+    return [own, *(module for module, path in files.items() if task in _tasks_in(path))]
 
 
 @cache

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from posterity._names import files
 from posterity.papers import papers
 
 __all__ = ["fingerprint", "sources"]
@@ -26,8 +27,10 @@ LIBRARIES = ("torch", "numpy", "scikit-learn")
 # Decorators of what counts only where it is named; other calls, such as `dataset`, register.
 BY_NAME = {"dataclass", "entry", "comparison", "bound", "trend"}
 OURS = re.compile(r"(?<=(?:name|dule)=')posterity\.[\w.]+")
-# The index, the forms of claims and the engine describe and run; they do not compute.
-SKIP = ("posterity.papers", "posterity.engine")
+# The index, the forms of claims, the engine and the registers describe, find and run; they do not compute.
+SKIP = {
+    "posterity.papers", "posterity._names", "posterity.claims", "posterity.lab.data", "posterity.lab.tasks",
+}  # fmt: skip
 
 
 @cache
@@ -53,7 +56,9 @@ class _Parsed:
     """A module's top-level statements, what each binds, and which always count."""
 
     def __init__(self, path: Path) -> None:
-        self.body = ast.parse(path.read_text(encoding="utf-8")).body
+        self.body = [
+            each for node in ast.parse(path.read_text(encoding="utf-8")).body for each in _apart(node)
+        ]
         for node in self.body:
             _strip(node)
         self.binds: dict[str, int] = {}
@@ -105,7 +110,7 @@ def _reached(root: str, claim: str) -> dict[str, set[int]]:
     todo: list[tuple[str, str]] = [(root, claim)]
     while todo:
         module, name = todo.pop()
-        if module == "posterity.claims" or module.startswith(SKIP) or _file(module) is None:
+        if module in SKIP or module.startswith("posterity.engine") or _file(module) is None:
             continue
         parsed = _parsed(module)
         new = set(parsed.always)
@@ -119,6 +124,19 @@ def _reached(root: str, claim: str) -> dict[str, set[int]]:
         found[module] |= new
         todo += [(of or module, used) for number in new for of, used in parsed.uses(number)]
     return found
+
+
+def _apart(node: ast.stmt) -> Iterator[ast.stmt]:
+    """Yield an import name by name, since each counts where it is used; other statements as they are."""
+    if not isinstance(node, ast.Import | ast.ImportFrom):
+        yield node
+        return
+    for alias in node.names:
+        yield (
+            ast.Import([alias])
+            if isinstance(node, ast.Import)
+            else ast.ImportFrom(node.module, [alias], node.level)
+        )
 
 
 def _strip(statement: ast.stmt) -> None:
@@ -153,11 +171,14 @@ def _name(node: ast.expr) -> str:
 
 def _definer(module: str, name: str) -> tuple[str, str]:
     """Return where ``name`` of ``module`` is defined: a submodule, a served name, or there."""
-    if _file(f"{module}.{name}") is not None:
-        return f"{module}.{name}", ""
     for paper in papers().values():
         if name in paper.exports and module == f"posterity.{paper.domain}":
             return paper.home(name), name
+    if _file(f"{module}.{name}") is not None:
+        return f"{module}.{name}", ""
+    package = _file(module)
+    if package is not None and package.name == "__init__.py" and name in files(package.parent):
+        return f"{module}.{files(package.parent)[name].stem}", name
     return module, name
 
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import needs, one_of
+from posterity.lab.data.functions import FunctionData, Tasks
 from posterity.lab.metrics import node_score
 from posterity.lab.nets import seeded
 
-__all__ = ["History", "fit", "fit_nodes"]
+__all__ = ["History", "fit", "fit_functions", "fit_nodes", "per_target"]
 
 
 @dataclass
@@ -234,3 +235,50 @@ def fit_nodes(
     history = fit(net, loss, inputs, epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer,
                   seed=seed, device=device, validate=validate)  # fmt: skip
     return -min(history.validation)
+
+
+def fit_functions(
+    model: nn.Module, source: FunctionData, *, steps: int, n_context: tuple[int, int], n_target: int, seed: int,
+    loss: Callable[..., Tensor] | None = None, batch_size: int = 16, **options: Any,
+) -> None:  # fmt: skip
+    """Train a neural process in place: the same tasks, in the same order, for the same seed.
+
+    Parameters
+    ----------
+    model : nn.Module
+    source : FunctionData
+    steps, batch_size : int
+    n_context, n_target : tuple of int and int
+        As `FunctionData.tasks` takes them.
+    seed : int
+    loss : callable, optional
+        ``loss(model, **arguments)`` in the place of ``model.loss``.
+    **options
+        Of `fit`: ``lr``, ``schedule``, ``clip``, ``device``.
+    """
+    tasks = source.tasks(steps * batch_size, n_context=n_context, n_target=n_target, seed=seed)
+    names = list(tasks.arguments)
+
+    def value(model: nn.Module, *batch: Tensor) -> Tensor:
+        arguments = dict(zip(names, batch, strict=True))
+        return model.loss(**arguments) if loss is None else loss(model, **arguments)  # type: ignore[operator]
+
+    fit(
+        model, value, list(tasks.arguments.values()), steps=steps, batch_size=batch_size, seed=seed, **options
+    )
+    model.cpu().eval()
+
+
+def per_target(log_likelihood: Tensor, tasks: Tasks) -> float:
+    """Return the mean log-likelihood a target over the targets of all tasks.
+
+    Parameters
+    ----------
+    log_likelihood : Tensor of shape (tasks,)
+    tasks : Tasks
+
+    Returns
+    -------
+    float
+    """
+    return float(log_likelihood.sum() / tasks.target_mask.sum())

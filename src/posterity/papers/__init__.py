@@ -20,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from posterity._names import listed
+
 __all__ = ["DOMAINS", "Paper", "get", "method_modules", "papers", "public_modules", "serve"]
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +114,7 @@ class Paper:
             return self.module
         for module in self.modules:
             path = self._file(module)
-            if path is not None and name in _public(path):
+            if path is not None and name in listed(path):
                 return module
         raise ValueError(f"{self.slug}: no method file has {name!r} in its __all__")
 
@@ -150,18 +152,6 @@ class Paper:
             rows["url"] = self.url
         body = ",\n".join(f"  {name} = {{{value}}}" for name, value in rows.items())
         return f"@inproceedings{{{key},\n{body}\n}}"
-
-
-@cache
-def _public(path: Path) -> frozenset[str]:
-    """Return what a file lists in ``__all__``."""
-    import ast
-
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
-        if getattr(target, "id", "") == "__all__":
-            return frozenset(ast.literal_eval(node.value))  # type: ignore[attr-defined]
-    return frozenset()
 
 
 def read(path: Path, root: Path = ROOT) -> Paper:

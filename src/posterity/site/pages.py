@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from posterity.engine.discovery import claim_outlines
-from posterity.engine.run import judge
 from posterity.engine.statistics import describe_range
 from posterity.engine.store import Job, Outcome
+from posterity.engine.verdicts import judge
 from posterity.papers import papers
 from posterity.site import figures
 

@@ -6,8 +6,7 @@ from sklearn.cluster import KMeans, kmeans_plusplus
 
 from posterity.claims import Trial, bound, comparison, trend
 from posterity.clustering import EarlyStopMiniBatchKMeans, iteration_bound, kmeans_batch_update
-from posterity.lab.data import Points
-from posterity.lab.points import load_points
+from posterity.lab.data import Points, load_points
 
 
 def _cube(data: str, seed: int, n_rows: int | None = None) -> ndarray:

@@ -11,8 +11,7 @@ from sklearn.pipeline import make_pipeline
 
 from posterity.claims import Trial, bound, comparison
 from posterity.fairness import fair_thresholds
-from posterity.lab.data import Table, dataset, split
-from posterity.lab.tables import TableData, load_table, table_encoder
+from posterity.lab.data import Table, TableData, dataset, load_table, split, table_encoder
 
 GROUPS = {"synthetic": "group", "adult": "sex", "compas": "race"}
 CONSTRAINTS = ("equal_opportunity", "predictive_equality", "equalized_odds", "demographic_parity")

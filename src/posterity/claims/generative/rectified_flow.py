@@ -8,9 +8,7 @@ from posterity._checks import needs, one_of
 from posterity.claims import Trial, bound, comparison
 from posterity.generative import RectifiedFlow, reflow, straightness, transport_cost
 from posterity.lab import metrics, nets, training
-from posterity.lab.data import Points, dataset, split
-from posterity.lab.images import load_images
-from posterity.lab.points import load_points
+from posterity.lab.data import Points, dataset, load_images, load_points, split
 
 
 @dataset(Points, "cifar10")

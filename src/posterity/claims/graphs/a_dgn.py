@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from posterity._checks import integer, needs
 from posterity.claims import Trial, comparison
 from posterity.graphs import ADGN
-from posterity.lab.data import Graph
-from posterity.lab.graphs import load_graph
+from posterity.lab.data import Graph, load_graph
 from posterity.lab.nets import weights
 from posterity.lab.tasks import entry
 from posterity.lab.training import fit, fit_nodes

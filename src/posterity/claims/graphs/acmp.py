@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from posterity.claims import Trial, comparison
 from posterity.graphs import ACMP, ACMPConv, consensus_growth_rate, dirichlet_energy
-from posterity.lab.data import Graph, dataset
-from posterity.lab.graphs import GraphData, graph_data, load_graph
+from posterity.lab.data import Graph, GraphData, dataset, load_graph
+from posterity.lab.data.graph import graph_data
 from posterity.lab.nets import weights
 from posterity.lab.tasks import entry
 from posterity.lab.training import fit, fit_nodes

@@ -17,8 +17,7 @@ from posterity.graphs import (
     collapse_bound,
     collapse_strong_edges,
 )
-from posterity.lab.data import Images
-from posterity.lab.images import load_images
+from posterity.lab.data import Images, load_images
 from posterity.lab.nets import weights
 from posterity.lab.training import fit
 

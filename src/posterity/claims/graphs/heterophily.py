@@ -18,8 +18,8 @@ from posterity.graphs import (
     minesweeper,
     remove_duplicate_nodes,
 )
-from posterity.lab.data import Graph, dataset
-from posterity.lab.graphs import GraphData, graph_data, load_graph
+from posterity.lab.data import Graph, GraphData, dataset, load_graph
+from posterity.lab.data.graph import graph_data
 from posterity.lab.nets import seeded, weights
 from posterity.lab.tasks import entry
 from posterity.lab.training import fit_nodes

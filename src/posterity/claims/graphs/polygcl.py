@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from posterity._checks import needs
 from posterity.claims import Trial, comparison, trend
 from posterity.graphs import PolyGCL, contextual_sbm, fit_polygcl
-from posterity.lab.data import Graph, dataset, split
-from posterity.lab.graphs import GraphData, graph_data, load_graph
+from posterity.lab.data import Graph, GraphData, dataset, load_graph, split
+from posterity.lab.data.graph import graph_data
 from posterity.lab.nets import seeded, weights
 from posterity.lab.tasks import entry
 

@@ -19,8 +19,7 @@ from posterity.graphs import (
     semantic_robustness,
     with_label_propagation,
 )
-from posterity.lab.data import Graph
-from posterity.lab.graphs import load_graph
+from posterity.lab.data import Graph, load_graph
 from posterity.lab.nets import weights
 from posterity.lab.training import fit, fit_nodes
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from posterity.claims import Trial, comparison, trend
 from posterity.graphs import BasisNet, SignNet, eigenspaces, laplacian_eigs
+from posterity.lab.data import load_photo
 from posterity.lab.nets import seeded
-from posterity.lab.photos import load_photo
 
 Filter = Literal["low", "high", "band", "rejection", "comb"]
 

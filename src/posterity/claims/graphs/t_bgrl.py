@@ -14,8 +14,8 @@ from posterity.graphs import (
     hits_at_k,
     inductive_link_split,
 )
-from posterity.lab.data import Graph, dataset
-from posterity.lab.graphs import GraphData, graph_data, load_graph
+from posterity.lab.data import Graph, GraphData, dataset, load_graph
+from posterity.lab.data.graph import graph_data
 from posterity.lab.nets import weights
 
 

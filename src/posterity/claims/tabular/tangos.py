@@ -9,8 +9,7 @@ from sklearn.metrics import log_loss
 
 from posterity._checks import integer
 from posterity.claims import Trial, comparison
-from posterity.lab.data import Table, split
-from posterity.lab.tables import load_table, table_encoder
+from posterity.lab.data import Table, load_table, split, table_encoder
 from posterity.lab.tasks import entry
 from posterity.tabular import TangosClassifier, TangosRegressor
 

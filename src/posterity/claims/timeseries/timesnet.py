@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from posterity.claims import Trial, comparison
 from posterity.lab import nets, training
-from posterity.lab.data import Series, dataset
-from posterity.lab.series import SeriesData, load_series
+from posterity.lab.data import Series, SeriesData, dataset, load_series
 from posterity.lab.tasks import HISTORY, HORIZON, entry
 from posterity.timeseries import TimesNet, TimesNetForecaster, TimesNetImputer
 

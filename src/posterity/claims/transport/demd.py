@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from posterity._checks import at_least, integer
 from posterity.claims import Trial, comparison, trend
-from posterity.lab.data import Table, split
+from posterity.lab.data import Table, load_table, split, table_encoder
 from posterity.lab.nets import mlp
-from posterity.lab.tables import load_table, table_encoder
 from posterity.lab.training import fit
 from posterity.transport import DEMDLoss, DEMDRegularizer
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from posterity._checks import at_least, integer
 from posterity.claims import Trial, comparison
-from posterity.lab.photos import load_photo
+from posterity.lab.data import load_photo
 from posterity.transport import QuasiSlicedWasserstein, sliced_wasserstein, sphere_points
 
 

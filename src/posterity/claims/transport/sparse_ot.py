@@ -9,7 +9,7 @@ from torch import Tensor
 
 from posterity._checks import integer
 from posterity.claims import Trial, comparison, trend
-from posterity.lab.photos import load_photo
+from posterity.lab.data import load_photo
 from posterity.transport import sparse_transport
 
 

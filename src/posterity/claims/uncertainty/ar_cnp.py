@@ -5,8 +5,8 @@ from torch import nn
 
 from posterity.claims import Trial, bound, comparison
 from posterity.lab import nets
-from posterity.lab.data import Functions
-from posterity.lab.functions import FunctionData, Tasks, fit_functions, load_functions, per_target
+from posterity.lab.data import FunctionData, Functions, Tasks, load_functions
+from posterity.lab.training import fit_functions, per_target
 from posterity.uncertainty import CNP, ConvCNP, ar_log_likelihood
 
 SIZES = (3, 10, 20)  # context points of the test tasks

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from posterity._checks import integer
 from posterity.claims import Trial, comparison
-from posterity.lab.data import Images, split
-from posterity.lab.images import load_images
+from posterity.lab.data import Images, load_images, split
 from posterity.lab.nets import cnn, mlp, weights
 from posterity.lab.tasks import entry, image_epochs
 from posterity.lab.training import fit

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from posterity.claims import Trial, bound, comparison
 from posterity.lab import metrics, nets, training
-from posterity.lab.data import Images, split
-from posterity.lab.images import load_images
+from posterity.lab.data import Images, load_images, split
 from posterity.lab.tasks import entry, image_epochs
 from posterity.uncertainty import ESDLoss, MMCELoss, SBECELoss, expected_squared_difference
 

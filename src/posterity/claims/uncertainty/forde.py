@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from posterity._checks import one_of
 from posterity.claims import Trial, comparison
 from posterity.lab import metrics, nets, training
-from posterity.lab.data import Images, split
-from posterity.lab.images import load_images
+from posterity.lab.data import Images, load_images, split
 from posterity.uncertainty import FoRDELoss, RepulsiveEnsemble, fit_input_components
 
 NESTEROV = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from posterity._checks import integer, needs
 from posterity.claims import Trial, comparison
-from posterity.lab.data import Series, dataset
-from posterity.lab.series import SeriesData, load_series
+from posterity.lab.data import Series, SeriesData, dataset, load_series
 from posterity.uncertainty import GMOGPRegressor
 
 LR, DECAY = 0.08, 5e-4  # of all arms, with the rate times 0.9 after every 100 steps

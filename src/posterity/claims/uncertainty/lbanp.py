@@ -11,8 +11,8 @@ from torch.distributions import Normal
 
 from posterity.claims import Trial, comparison, trend
 from posterity.lab import nets
-from posterity.lab.data import Functions
-from posterity.lab.functions import fit_functions, load_functions, per_target
+from posterity.lab.data import Functions, load_functions
+from posterity.lab.training import fit_functions, per_target
 from posterity.uncertainty import LBANP
 
 

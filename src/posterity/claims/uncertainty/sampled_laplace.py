@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from posterity.claims import Trial, bound, comparison
 from posterity.lab import nets, training
-from posterity.lab.data import Images, split
-from posterity.lab.images import load_images
+from posterity.lab.data import Images, load_images, split
 from posterity.uncertainty import SampledLaplace
 
 

@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy import ndarray
 from sklearn.datasets import load_digits
 
 from posterity._checks import needs
-from posterity.lab.data import Images, dataset, fetch, resolve
+from posterity.lab.data import Kind, dataset, fetch, resolve
 
-__all__ = ["ImageData", "load_images"]
+__all__ = ["ImageData", "Images", "load_images"]
+
+Images = Annotated[str, Kind("images", (".npz",), folder=True)]
 
 
 @dataclass(frozen=True)

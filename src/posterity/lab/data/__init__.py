@@ -1,47 +1,36 @@
-"""Data by name or by file: the kinds, the register of names, the cache of public sets.
+"""Data by name or by file: the register of names, the cache of public sets, the kinds.
 
 A claim annotates its ``data`` parameter with a kind; a user gives a registered name or a
 file of that kind. Sets that ship with scikit-learn and generators need no network; public
 sets are files that pooch checks by SHA-256, taken from the folder ``POSTERITY_DATA``
 when they are there.
+
+Each kind has a file, named as the kind: the annotation (``Graph``), its loader
+(``load_graph``) and the sets that it makes or that ship. This file finds; those read.
 """
 
 import os
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from types import ModuleType
+from typing import Any, get_args
 
-import numpy as np
-from numpy import ndarray
+from posterity._names import serve_files
 
-__all__ = [
-    "Functions",
-    "Graph",
-    "Images",
-    "Kind",
-    "Labelled",
-    "Points",
-    "Series",
-    "Table",
-    "check",
-    "dataset",
-    "fetch",
-    "resolve",
-    "split",
-]
+__all__ = ["Kind", "check", "dataset", "fetch", "kind_of", "names", "public_sets", "resolve"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of data: its name, the module that loads it, the files it may be given as.
+    """A kind of data: its name, which is its file's here, and the files it may be given as.
 
     Attributes
     ----------
-    name, module : str
+    name : str
     suffixes : tuple of str
         Endings of files that are read.
     folder : bool
@@ -49,7 +38,6 @@ class Kind:
     """
 
     name: str
-    module: str
     suffixes: tuple[str, ...]
     folder: bool = False
 
@@ -59,14 +47,6 @@ class Kind:
         return ", ".join(f"*{s}" for s in self.suffixes) + (" or a folder" if self.folder else "")
 
 
-Points = Annotated[str, Kind("points", "points", (".csv", ".parquet", ".npy"))]
-Table = Annotated[str, Kind("table", "tables", (".csv", ".tsv", ".data", ".parquet"))]
-Images = Annotated[str, Kind("images", "images", (".npz",), folder=True)]
-Labelled = Annotated[str, Kind("labelled", "labelled", (".npz",), folder=True)]
-Graph = Annotated[str, Kind("graph", "graphs", (".npz",))]
-Functions = Annotated[str, Kind("functions", "functions", (".csv", ".parquet"))]
-Series = Annotated[str, Kind("series", "series", (".csv", ".parquet", ".txt", ".gz"))]
-
 _REGISTER: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
@@ -75,12 +55,16 @@ def kind_of(annotation: Any) -> Kind:
     return next(arg for arg in get_args(annotation)[1:] if isinstance(arg, Kind))
 
 
+def _module(kind: Kind) -> ModuleType:
+    return import_module(f"{__name__}.{kind.name}")
+
+
 def dataset(annotation: Any, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function ``(seed) -> data`` under a name of a kind.
 
     Parameters
     ----------
-    annotation : Points, Table, Images, Labelled, Graph, Functions or Series
+    annotation : annotation
         The kind of data that the function returns.
     name : str
         What a user writes after ``--data``.
@@ -106,7 +90,7 @@ def public_sets() -> dict[str, dict[str, Any]]:
 
 def names(kind: Kind) -> list[str]:
     """Return the registered names of a kind, sorted."""
-    import_module(f"posterity.lab.{kind.module}")
+    _module(kind)
     made = {name for of, name in _REGISTER if of == kind.name}
     return sorted(made | {name for name, facts in public_sets().items() if facts["kind"] == kind.name})
 
@@ -116,7 +100,7 @@ def resolve(annotation: Any, spec: str) -> Callable[..., Any] | str | Path:
 
     Parameters
     ----------
-    annotation : Points, Table, Images, Labelled, Graph, Functions or Series
+    annotation : annotation
     spec : str
 
     Returns
@@ -197,7 +181,7 @@ def check(annotation: Any, spec: str, **options: Any) -> str:
 
     Parameters
     ----------
-    annotation : Points, Table, Images, Labelled, Graph, Functions or Series
+    annotation : annotation
     spec : str
         Name or file.
     **options
@@ -212,40 +196,8 @@ def check(annotation: Any, spec: str, **options: Any) -> str:
     found = resolve(annotation, spec)
     if callable(found) and not options.get("target"):
         return ""
-    loaded = getattr(import_module(f"posterity.lab.{kind.module}"), f"load_{kind.name}")(spec, **options)
+    loaded = getattr(_module(kind), f"load_{kind.name}")(spec, **options)
     return getattr(loaded, "note", "")
 
 
-def split(
-    n: int, fractions: Sequence[float], seed: int, *, stratify: ndarray | None = None
-) -> tuple[ndarray, ...]:
-    """Return disjoint index arrays of a random split.
-
-    Parameters
-    ----------
-    n : int
-        How many rows.
-    fractions : sequence of float
-        The share of each part; they sum to at most 1.
-    seed : int
-    stratify : ndarray of shape (n,), optional
-        Labels whose shares each part keeps, as nearly as counts allow.
-
-    Returns
-    -------
-    tuple of ndarray
-        Sorted-at-random indices, one array a part.
-    """
-    if sum(fractions) > 1 + 1e-9 or min(fractions) <= 0:
-        raise ValueError(f"fractions must be positive and sum to at most 1, got {tuple(fractions)}")
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(n)
-    if stratify is not None:  # deal each class out evenly: sort by the rank within its class
-        labels = np.asarray(stratify)[order]
-        place = np.empty(n)
-        for label in np.unique(labels):
-            members = np.flatnonzero(labels == label)
-            place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-        order = order[np.argsort(place, kind="stable")]
-    cuts = np.round(np.cumsum([0.0, *fractions]) * n).astype(int)
-    return tuple(rng.permutation(order[low:high]) for low, high in zip(cuts[:-1], cuts[1:], strict=True))
+__getattr__, __dir__ = serve_files(__name__)

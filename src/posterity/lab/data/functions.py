@@ -8,17 +8,19 @@ ceiling of every model.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 
-from posterity.lab.data import Functions, dataset, resolve, split
-from posterity.lab.training import fit
+from posterity.lab.data import Kind, dataset, resolve
+from posterity.lab.data.splits import split
 
-__all__ = ["FunctionData", "Tasks", "fit_functions", "load_functions", "per_target"]
+__all__ = ["FunctionData", "Functions", "Tasks", "load_functions"]
+
+Functions = Annotated[str, Kind("functions", (".csv", ".parquet"))]
 
 
 @dataclass(frozen=True)
@@ -116,53 +118,6 @@ class FunctionData:
         )  # fmt: skip
 
 
-def fit_functions(
-    model: nn.Module, source: FunctionData, *, steps: int, n_context: tuple[int, int], n_target: int, seed: int,
-    loss: Callable[..., Tensor] | None = None, batch_size: int = 16, **options: Any,
-) -> None:  # fmt: skip
-    """Train a neural process in place: the same tasks, in the same order, for the same seed.
-
-    Parameters
-    ----------
-    model : nn.Module
-    source : FunctionData
-    steps, batch_size : int
-    n_context, n_target : tuple of int and int
-        As `FunctionData.tasks` takes them.
-    seed : int
-    loss : callable, optional
-        ``loss(model, **arguments)`` in the place of ``model.loss``.
-    **options
-        Of `posterity.lab.training.fit`: ``lr``, ``schedule``, ``clip``, ``device``.
-    """
-    tasks = source.tasks(steps * batch_size, n_context=n_context, n_target=n_target, seed=seed)
-    names = list(tasks.arguments)
-
-    def value(model: nn.Module, *batch: Tensor) -> Tensor:
-        arguments = dict(zip(names, batch, strict=True))
-        return model.loss(**arguments) if loss is None else loss(model, **arguments)  # type: ignore[operator]
-
-    fit(
-        model, value, list(tasks.arguments.values()), steps=steps, batch_size=batch_size, seed=seed, **options
-    )
-    model.cpu().eval()
-
-
-def per_target(log_likelihood: Tensor, tasks: Tasks) -> float:
-    """Return the mean log-likelihood a target over the targets of all tasks.
-
-    Parameters
-    ----------
-    log_likelihood : Tensor of shape (tasks,)
-    tasks : Tasks
-
-    Returns
-    -------
-    float
-    """
-    return float(log_likelihood.sum() / tasks.target_mask.sum())
-
-
 def load_functions(data: str, *, seed: int = 0) -> FunctionData:
     """Return the functions of a name or file.
 
@@ -183,7 +138,7 @@ def load_functions(data: str, *, seed: int = 0) -> FunctionData:
 
 
 def _read(path: Path, seed: int) -> FunctionData:
-    from posterity.lab.tables import read_frame
+    from posterity.lab.data.table import read_frame
 
     frame, note = read_frame(path)
     inputs = [name for name in frame if name.lower().startswith("x")]

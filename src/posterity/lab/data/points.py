@@ -1,14 +1,17 @@
 """Points: clouds in a few or many dimensions, generated, bundled or a user's own."""
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy import ndarray
 from sklearn.datasets import load_digits, make_moons, make_swiss_roll
 
-from posterity.lab.data import Points, dataset, resolve
+from posterity.lab.data import Kind, dataset, resolve
 
-__all__ = ["load_points"]
+__all__ = ["Points", "load_points"]
+
+Points = Annotated[str, Kind("points", (".csv", ".parquet", ".npy"))]
 
 
 def load_points(data: str, *, seed: int = 0) -> ndarray:
@@ -30,7 +33,7 @@ def load_points(data: str, *, seed: int = 0) -> ndarray:
     if found.suffix == ".npy":
         points = np.load(found, allow_pickle=False)
     else:
-        from posterity.lab.tables import read_frame
+        from posterity.lab.data.table import read_frame
 
         frame, _ = read_frame(found)
         if text := [str(name) for name in frame if frame[name].dtype.kind not in "iufb"]:

@@ -1,13 +1,16 @@
 """Inputs with classes: images, or rows of features as a network of yours makes them."""
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from posterity.lab.data import Images, Labelled, dataset, kind_of, names, resolve
-from posterity.lab.images import ImageData, load_images
+from posterity.lab.data import Kind, dataset, kind_of, names, resolve
+from posterity.lab.data.images import ImageData, Images, load_images
 
-__all__ = ["load_labelled"]
+__all__ = ["Labelled", "load_labelled"]
+
+Labelled = Annotated[str, Kind("labelled", (".npz",), folder=True)]
 
 
 def load_labelled(data: str, *, min_classes: int = 2) -> ImageData:
@@ -16,7 +19,7 @@ def load_labelled(data: str, *, min_classes: int = 2) -> ImageData:
     Parameters
     ----------
     data : str
-        What `posterity.lab.images.load_images` takes; or an ``.npz`` with ``x`` of shape
+        What `posterity.lab.data.images.load_images` takes; or an ``.npz`` with ``x`` of shape
         (n, d), features of any value, and ``y``.
     min_classes : int, default=2
         Fewer are refused.

@@ -3,7 +3,7 @@
 import csv
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -14,9 +14,11 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from posterity.lab.data import Table, dataset, fetch, public_sets, resolve
+from posterity.lab.data import Kind, dataset, fetch, public_sets, resolve
 
-__all__ = ["TableData", "load_table", "read_frame", "table_encoder"]
+__all__ = ["Table", "TableData", "load_table", "read_frame", "table_encoder"]
+
+Table = Annotated[str, Kind("table", (".csv", ".tsv", ".data", ".parquet"))]
 
 MISSING = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "."]
 

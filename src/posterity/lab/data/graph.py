@@ -3,7 +3,7 @@
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import kneighbors_graph
 from torch import Tensor
 
-from posterity.lab.data import Graph, dataset, fetch, resolve
+from posterity.lab.data import Kind, dataset, fetch, resolve
 
-__all__ = ["GraphData", "load_graph"]
+__all__ = ["Graph", "GraphData", "load_graph"]
+
+Graph = Annotated[str, Kind("graph", (".npz",))]
 
 
 @dataclass(frozen=True)

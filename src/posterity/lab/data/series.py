@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from numpy import ndarray
 
-from posterity.lab.data import Series, fetch, resolve
-from posterity.lab.tables import read_frame
+from posterity.lab.data import Kind, fetch, resolve
+from posterity.lab.data.table import read_frame
 
-__all__ = ["SeriesData", "load_series"]
+__all__ = ["Series", "SeriesData", "load_series"]
+
+Series = Annotated[str, Kind("series", (".csv", ".parquet", ".txt", ".gz"))]
 
 
 @dataclass(frozen=True)

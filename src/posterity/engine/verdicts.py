@@ -1,0 +1,119 @@
+"""Judging: rows of values, effect and verdict from the trials of one claim at one setting."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from posterity.engine import statistics
+from posterity.engine.discovery import Outline, claim_outlines
+from posterity.engine.fingerprint import fingerprint
+from posterity.engine.store import Job, Outcome, Store
+from posterity.papers import papers
+
+__all__ = ["current", "groups", "judge", "stored_rows"]
+
+
+def judge(paper: str, outline: Outline, pairs: Iterable[tuple[Job, Outcome]]) -> dict[str, Any]:
+    """Return the row of one claim at one setting: values, effect, verdict.
+
+    Parameters
+    ----------
+    paper : str
+        The slug.
+    outline : Outline
+    pairs : iterable of tuple of Job and Outcome
+        At least one.
+
+    Returns
+    -------
+    dict
+        JSON values; the fields are those that ``posterity run --json`` prints.
+    """
+    ordered = sorted(pairs, key=lambda pair: pair[0].seed)
+    good = [(job, outcome) for job, outcome in ordered if not outcome.error]
+    bad = {str(job.seed): outcome.error for job, outcome in ordered if outcome.error}
+    facts, first = outline.facts, ordered[0][0]
+    row: dict[str, Any] = {
+        "paper": paper, "claim": outline.name, "says": facts["says"], "form": outline.form,
+        "metric": facts["metric"], "better": facts.get("better", "lower" if outline.form == "bound" else "within"),
+    }  # fmt: skip
+    values = [outcome.value for _, outcome in good]
+    verdict: str
+    if outline.form == "comparison":
+        arms = list(facts["arms"])
+        by_arm = {arm: [value[arm] for value in values] for arm in arms}
+        row["arms"] = {arm: _described(each) for arm, each in by_arm.items()}
+        if values:
+            row["effect"], verdict = statistics.judge_comparison(
+                by_arm[arms[0]], by_arm[arms[-1]], facts["better"]
+            )
+        else:
+            row["effect"], verdict = {"mean": None, "ci95": [None, None]}, "error"
+    else:
+        row["value"] = _described(values)
+        if outline.form == "bound":
+            row["limit"] = facts["limit"]
+            verdict = statistics.judge_bound(values, facts["limit"], row["better"]) if values else "error"
+        else:
+            row["range"] = [facts.get("low"), facts.get("high")]
+            verdict = statistics.judge_trend(values, *row["range"]) if values else "error"
+    row["verdict"] = "error" if bad else verdict
+    row["seeds"] = [job.seed for job, _ in good]
+    row["seconds"] = round(sum(outcome.seconds for _, outcome in ordered), 3)
+    row["data"] = first.params.get("data")
+    row["params"] = {name: value for name, value in first.params.items() if name != "data"}
+    row["code"] = first.code
+    if bad:
+        row["errors"] = bad
+    return row
+
+
+def _described(values: list[float]) -> dict[str, Any]:
+    if not values:
+        return {"mean": None, "ci95": [None, None], "values": []}
+    return {**statistics.summary(values), "values": values}
+
+
+def groups(pairs: Iterable[tuple[Job, Outcome]]) -> list[list[tuple[Job, Outcome]]]:
+    """Return trials grouped by claim, parameters, device and code."""
+    found: dict[str, list[tuple[Job, Outcome]]] = {}
+    for job, outcome in pairs:
+        key = json.dumps([job.paper, job.claim, job.params, job.device, job.code], sort_keys=True)
+        found.setdefault(key, []).append((job, outcome))
+    return list(found.values())
+
+
+def current(slugs: Iterable[str] | None, store: Store) -> tuple[list[list[tuple[Job, Outcome]]], int]:
+    """Return the groups of stored trials made by the code as it is, and how many trials were not."""
+    kept, stale = [], 0
+    for group in groups(store.all(slugs)):
+        job = group[0][0]
+        paper = papers().get(job.paper)
+        names = {outline.name for outline in claim_outlines(paper)} if paper and paper.implemented else set()
+        if paper and job.claim in names and job.code == fingerprint(paper.claims, job.claim):
+            kept.append(group)
+        elif paper:
+            stale += len(group)
+    return kept, stale
+
+
+def stored_rows(slugs: Iterable[str] | None, store: Store) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows of stored trials made by the code as it is, and how many trials were not.
+
+    Parameters
+    ----------
+    slugs : iterable of str, optional
+        By default every paper.
+    store : Store
+
+    Returns
+    -------
+    tuple of list of dict and int
+    """
+    kept, stale = current(slugs, store)
+    rows = []
+    for group in kept:
+        paper = papers()[group[0][0].paper]
+        outline = next(o for o in claim_outlines(paper) if o.name == group[0][0].claim)
+        rows.append(judge(paper.slug, outline, group))
+    return rows, stale
