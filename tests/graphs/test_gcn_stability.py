@@ -7,16 +7,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import expm
+from scipy import sparse
+from scipy.sparse.linalg import spsolve
 
 from posterity.graphs import (
     ResolventConv,
     StableGCN,
-    apply_filter,
     collapse_bound,
     collapse_strong_edges,
     filter_gain,
-    gcn_stability,
     stability_bound,
 )
 from posterity.testing import check_graph_network, check_layer
@@ -93,11 +92,11 @@ def by_hand(conv, x, R):
 @pytest.mark.parametrize("directed", [False, True])
 @pytest.mark.parametrize("identity", [False, True])
 @pytest.mark.parametrize("channels", [(3, 5), (5, 3)])
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("lead", [(), (2, 3)])
-def test_the_layer_is_explicit_inverses_and_powers(monkeypatch, directed, identity, channels, sparse, lead):
-    if sparse:
-        monkeypatch.setattr(gcn_stability, "LARGEST_DENSE", 1)
+def test_the_layer_is_explicit_inverses_and_powers(monkeypatch, directed, identity, channels, large, lead):
+    if large:
+        monkeypatch.setattr("posterity.graphs.resolvent.LARGEST_DENSE", 1)
     edges, weight, mu = random_graph(directed=directed)
     conv = make(ResolventConv, *channels, 3, shift=0.7, identity=identity)
     x = torch.randn(*lead, 9, channels[0], generator=rng(1), dtype=F64)
@@ -109,13 +108,13 @@ def test_the_layer_is_explicit_inverses_and_powers(monkeypatch, directed, identi
 
 
 @pytest.mark.parametrize("directed", [False, True])
-@pytest.mark.parametrize(("sparse", "lead"), [(False, ()), (False, (3,)), (True, ())])
-def test_gradients_are_those_of_differences_and_of_any_order(monkeypatch, directed, sparse, lead):
-    if sparse:
-        monkeypatch.setattr(gcn_stability, "LARGEST_DENSE", 1)
-    edges, weight, mu = random_graph(5, directed=directed)
-    conv = make(ResolventConv, 2, 2, 2)
-    x = torch.randn(*lead, 5, 2, generator=rng(1), dtype=F64)
+@pytest.mark.parametrize(("large", "lead"), [(False, ()), (False, (3,)), (True, ())])
+def test_gradients_are_those_of_differences_and_of_any_order(monkeypatch, directed, large, lead):
+    if large:
+        monkeypatch.setattr("posterity.graphs.resolvent.LARGEST_DENSE", 1)
+    edges, weight, mu = random_graph(4, directed=directed)
+    conv = make(ResolventConv, 2, 2, 2, shift=0.7)
+    x = torch.randn(*lead, 4, 2, generator=rng(1), dtype=F64)
     leaves = [leaf.clone().requires_grad_() for leaf in (x, weight, mu)]
     assert torch.autograd.gradcheck(lambda x, w, m: conv(x, edges, w, m), leaves)
     assert torch.autograd.gradgradcheck(lambda x, w, m: conv(x, edges, w, m), leaves)
@@ -134,7 +133,7 @@ def test_the_resolvent_averages(directed, strength):
     torch.testing.assert_close(R.sum(1), torch.ones(9, dtype=F64), rtol=0, atol=1e-12 * max(strength, 10))
 
 
-def test_sparse_and_dense_agree_on_a_large_directed_graph():
+def test_a_large_directed_graph_is_solved_as_by_scipy():
     n = 2_100
     generator = rng(2)
     edges = torch.randint(n, (2, 3 * n), generator=generator)
@@ -143,14 +142,12 @@ def test_sparse_and_dense_agree_on_a_large_directed_graph():
     x = torch.randn(n, 2, generator=generator)
     got = conv(x, edges, weight)
     assert got.dtype == torch.float32
-    expected = by_hand(copy.deepcopy(conv).double(), x.double(), _dense_resolvent(edges, weight.double(), n))
-    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-5)
-
-
-def _dense_resolvent(edges, weight, n):
-    W = np.zeros((n, n))
-    np.add.at(W, (edges[1].numpy(), edges[0].numpy()), weight.numpy())
-    return torch.from_numpy(np.linalg.inv(np.diag(1 + W.sum(1)) - W))
+    W = sparse.coo_matrix((weight.double().numpy(), edges.flip(0).numpy()), (n, n))
+    B = (sparse.diags_array(1 + np.asarray(W.sum(1)).ravel()) - W).tocsc()
+    once = spsolve(B, x.double().numpy())
+    first, second = conv.weight.detach().double().numpy()
+    expected = once @ first + spsolve(B, once) @ second + conv.bias.detach().double().numpy()
+    torch.testing.assert_close(got, torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_projecting_undoes_lifting_and_is_its_adjoint():
@@ -211,7 +208,7 @@ def collapse_error(delta, seed, shift=1.0):
     return operator_norm(error, mu), bound
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("shift", [0.3, 1.0, 4.0])
 def test_the_collapse_changes_the_resolvent_by_at_most_the_bound_and_in_proportion(seed, shift):
     errors = []
@@ -243,13 +240,17 @@ def test_gap_and_coupling_are_what_they_say():
 @pytest.mark.parametrize("seed", range(4))
 def test_the_gain_is_that_of_a_fine_grid(identity, order, seed):
     conv = make(ResolventConv, 2, 2, order, identity=identity, seed=seed)
-    if seed % 2:  # alternating signs, so that the largest value is inside
+    inside = seed % 2 == 1 and order > 1
+    if inside:  # alternating signs, nothing at either end
+        signs = (-1.0) ** torch.arange(len(conv.weight))
+        signs[0] *= not identity
         with torch.no_grad():
-            conv.weight.copy_(conv.weight[:1].abs() * (-1.5) ** torch.arange(len(conv.weight))[:, None, None])
+            conv.weight.copy_(conv.weight[:1].abs() * signs[:, None, None])
     r = torch.linspace(0, 1, 100_001, dtype=F64)
     powers = range(0 if identity else 1, order + 1)
     G = sum(r[:, None, None] ** k * W for k, W in zip(powers, conv.weight.detach(), strict=True))
-    grid = float(G.flatten(1).norm(dim=1).max())
+    grid, where = (float(value) for value in G.flatten(1).norm(dim=1).max(0))
+    assert 0 < where < len(r) - 1 or not inside
     assert grid <= filter_gain(conv) * (1 + 1e-12)
     assert filter_gain(conv) == pytest.approx(grid, rel=1e-8)
     some = torch.tensor([0.0, 0.5, 7.0], dtype=F64)
@@ -279,7 +280,7 @@ def test_the_gain_bounds_differences_of_outputs_and_is_attained(seed):
     assert max(stretched) == pytest.approx(filter_gain(one, values.real.clamp_min(0)), rel=1e-8)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("act", ["relu", "tanh", "abs"])
 @pytest.mark.parametrize(
     "options", [{}, {"pool": "mean"}, {"identity": True}, {"max_gain": 0.5, "pool": "mean"}]
@@ -397,7 +398,7 @@ def test_one_graph_is_factored_once_for_all_layers(monkeypatch):
 
 
 def test_a_cached_graph_is_used_again_until_reset(monkeypatch):
-    monkeypatch.setattr(gcn_stability, "LARGEST_DENSE", 1)
+    monkeypatch.setattr("posterity.graphs.resolvent.LARGEST_DENSE", 1)
     edges, weight, mu = random_graph()
     conv = make(ResolventConv, 3, 3, cached=True)
     x = torch.randn(9, 3, generator=rng(), dtype=F64)
@@ -417,59 +418,6 @@ def test_a_cached_graph_is_used_again_until_reset(monkeypatch):
     assert not torch.allclose(conv(x, edges[:, :2]), first)
 
 
-CYCLE = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 2]])  # directed, with a chord
-
-
-def heat(z):
-    return torch.exp(-0.5 * z)
-
-
-@pytest.mark.parametrize("method", ["eig", "contour"])
-def test_the_functional_calculus_of_the_heat_kernel_is_a_matrix_exponential(method):
-    edges, weight, mu = random_graph()
-    x = torch.randn(2, 9, 3, generator=rng(), dtype=F64)
-    expected = torch.from_numpy(expm(-0.5 * laplacian(edges, weight, mu).numpy())) @ x
-    got = apply_filter(heat, x, edges, weight, mu, method=method)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-8)
-    single = apply_filter(heat, x.float(), edges, weight, mu, method=method)
-    torch.testing.assert_close(single, expected.float())
-
-
-def test_the_contour_works_where_eigenvectors_may_not_exist():
-    weight, mu = (
-        torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0, 1.5], dtype=F64),
-        torch.tensor([1.0, 2, 1, 1, 3], dtype=F64),
-    )
-    x = torch.randn(5, 2, generator=rng(), dtype=F64)
-    L = laplacian(CYCLE, weight, mu)
-    expected = torch.from_numpy(expm(-0.5 * L.numpy())) @ x
-    for options in ({}, {"center": 3.0}, {"center": 2.0, "radius": 9.0}):
-        got = apply_filter(heat, x, CYCLE, weight, mu, method="contour", **options)
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-8)
-    got = apply_filter(lambda z: z, x, CYCLE, weight, mu, method="contour")
-    torch.testing.assert_close(got, L @ x, rtol=0, atol=1e-8)
-    path = torch.tensor([[0, 1], [1, 2]])  # L has a Jordan block
-    L = laplacian(path, torch.ones(2), torch.ones(3))
-    got = apply_filter(heat, x[:3], path, method="contour")
-    torch.testing.assert_close(got, torch.from_numpy(expm(-0.5 * L.numpy())) @ x[:3], rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("method", ["eig", "contour"])
-def test_the_calculus_of_the_resolvent_is_the_layer(method):
-    edges, weight, mu = random_graph()
-    x = torch.randn(9, 2, generator=rng(), dtype=F64)
-    center = float(laplacian(edges, weight, mu).diagonal().max())
-    shift = 0.25 * center + 0.6  # the pole is outside the circle
-    got = apply_filter(lambda z: shift / (shift + z), x, edges, weight, mu, method=method)
-    torch.testing.assert_close(got, resolvent(edges, weight, mu, shift) @ x, rtol=0, atol=1e-8)
-
-
-def test_a_filter_that_is_not_holomorphic_is_given_up():
-    edges, _, _ = random_graph(4)
-    with pytest.raises(RuntimeError, match="4096 points"):
-        apply_filter(torch.sqrt, torch.randn(4, 1, generator=rng()), edges, method="contour")
-
-
 def test_edges_that_repeat_add_up_and_loops_do_nothing():
     edges, weight, mu = random_graph()
     conv = make(ResolventConv, 3, 3)
@@ -478,11 +426,9 @@ def test_edges_that_repeat_add_up_and_loops_do_nothing():
     twice = torch.cat([edges, edges, loops], 1)
     halves = torch.cat([weight / 4, 3 * weight / 4, torch.ones(2, dtype=F64)])
     torch.testing.assert_close(conv(x, twice, halves, mu), conv(x, edges, weight, mu))
-    torch.testing.assert_close(
-        apply_filter(heat, x, twice, halves, mu), apply_filter(heat, x, edges, weight, mu)
-    )
 
 
+CYCLE = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 2]])  # directed, with a chord
 UNDIRECTED = torch.tensor([[0, 1, 2, 3, 4, 0, 1], [1, 2, 3, 4, 0, 2, 4]])
 UNDIRECTED = torch.cat([UNDIRECTED, UNDIRECTED.flip(0)], 1)
 
@@ -559,13 +505,6 @@ HALF = torch.tensor([True, False])
         (lambda: stability_bound(StableGCN(1, 1, 1), 1.0, -1.0, measure=1.0), "input_norm must be at least 0"),
         (lambda: stability_bound(StableGCN(1, 1, 1), 1.0, 1.0, input_error=-1.0, measure=1.0), "input_error must be"),
         (lambda: stability_bound(StableGCN(1, 1, 1), 1.0, 1.0, measure=0.0), "measure must be greater than 0"),
-        (lambda: apply_filter(heat, X, ONE_WAY), "edge_weight must be symmetric, got 1 for 1 -> 2, 0 back"),
-        (lambda: apply_filter(heat, X, PAIR, method="power"), "method must be one of 'eig', 'contour'"),
-        (lambda: apply_filter(heat, X, PAIR, tol=0.0), "tol must be greater than 0"),
-        (lambda: apply_filter(heat, X, PAIR, method="contour", radius=1.0), "radius must be greater than 1 to enclose the spectrum from 1, got 1.0"),
-        (lambda: apply_filter(heat, X, PAIR, method="contour", center=3.0, radius=2.5), "radius must be greater than 3 to enclose the spectrum from 3, got 2.5"),
-        (lambda: apply_filter(lambda z: z.sum(), X, PAIR), r"g must return a tensor of the shape it is given, \(3,\), got \(\)"),
-        (lambda: apply_filter(lambda z: 1.0, X, PAIR, method="contour"), r"shape it is given, \(32,\), got float"),
     ],
 )  # fmt: skip
 def test_refuses_bad_input_by_name(as_a_user, call, message):
