@@ -10,6 +10,7 @@ import posterity
 from posterity._names import files
 from posterity.engine.discovery import claim_outlines
 from posterity.engine.statistics import describe_range
+from posterity.engine.verdicts import agreement, settling
 from posterity.papers import DOMAINS, ROOT, papers, public_modules
 
 project = "Posterity"
@@ -66,7 +67,7 @@ def paper_page(paper):
             out += ["Not measured yet.", ""]
         else:
             out += [
-                f"**{row['verdict']}** on {len(row['seeds'])} seeds, {row['metric']}, data {row['data']}.",
+                f"**{row['verdict']}** on {len(row['seeds'])} seeds, {row['metric']}, data {row['data']}{settling(row)}.",
                 "",
             ]
             out += ["| | mean (95 % interval) |", "|---|---|"]
@@ -89,6 +90,8 @@ def paper_page(paper):
             "```",
             "",
         ]
+    if evidence.get("parity"):
+        out += ["## Parity", "", f"{agreement(evidence['parity'])}.", ""]
     if paper.departures:
         out += ["## Departures from the paper, and slips of official code not copied", ""]
         out += [f"{number}. {text}" for number, text in enumerate(paper.departures, start=1)]

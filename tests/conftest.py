@@ -2,6 +2,7 @@
 
 import re
 import resource
+import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,22 @@ def as_a_user():
 def own_home(tmp_path, monkeypatch):
     """Keep each test's stored trials to itself."""
     monkeypatch.setenv("POSTERITY_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def command(as_a_user, monkeypatch, capsys):
+    """Return what runs a command line in this process: words to exit code, stdout, stderr."""
+    from posterity.cli import main
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["posterity", *map(str, words)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        return end.value.code or 0, printed.out, printed.err
+
+    return run
 
 
 def _cpu():

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from typing import get_args
 
 import pytest
@@ -31,7 +32,13 @@ def test_is_declared_whole(paper, name):
     assert claim.run.__doc__
     assert outline.defaults == claim.defaults, "what the source says and what the code says"
     assert set(claim.smallest) <= set(claim.parameters)
+    claim.refuse(claim.defaults)
+    claim.refuse({**claim.defaults, **claim.smallest})
     for parameter in claim.parameters.values():
+        said = repr(parameter.annotation)
+        assert "Between" in said or not {"int", "float"} & set(re.findall(r"\w+", said)), (
+            f"{parameter.name} says which numbers it may be: Count, Share, Positive, Between"
+        )
         assert parameter.default is not inspect.Parameter.empty, f"{parameter.name} has a default"
         assert parameter.annotation is not inspect.Parameter.empty, f"{parameter.name} is annotated"
     if "data" in claim.parameters:

@@ -1,7 +1,6 @@
 """The command line as a person meets it: what it prints, how it ends, what it refuses."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -10,30 +9,20 @@ import sys
 
 import pytest
 
-from posterity.cli import main
 from posterity.engine.store import Store
 
 FAST = ["minibatch-kmeans", "--claim", "local_implies_global", "--set", "max_iter=3", "--set", "n_rows=300"]
 
 
-def call(*words, **environment):
-    """Return exit code, stdout and stderr of one command."""
-    done = subprocess.run(
-        [sys.executable, "-m", "posterity", *map(str, words)], capture_output=True, text=True, check=False,
-        env={**os.environ, "COLUMNS": "200", **environment}, timeout=300,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_list_filters_by_domain_and_by_what_is_there():
-    code, out, _ = call("list", "--json")
+def test_list_filters_by_domain_and_by_what_is_there(command):
+    code, out, _ = command("list", "--json")
     assert code == 0
     assert len(json.loads(out)) == 160
-    _, out, _ = call("list", "--domain", "graphs", "--implemented", "--json")
+    _, out, _ = command("list", "--domain", "graphs", "--implemented", "--json")
     rows = json.loads(out)
     assert rows
     assert all(row["domain"] == "graphs" and row["implemented"] for row in rows)
-    _, out, _ = call("list")
+    _, out, _ = command("list")
     assert len(out.splitlines()) == 160
 
 
@@ -44,36 +33,44 @@ def test_list_filters_by_domain_and_by_what_is_there():
         (["missing", "values", "series"], "timesnet"), (["equal", "opportunity"], "fairee"), (["oversmoothing"], "a-dgn"),
     ],
 )  # fmt: skip
-def test_search_finds_by_problem_and_forgives_typos(words, slug):
-    _, out, _ = call("search", *words, "--json")
+def test_search_finds_by_problem_and_forgives_typos(command, words, slug):
+    _, out, _ = command("search", *words, "--json")
     assert slug in [row["slug"] for row in json.loads(out)[:5]]
 
 
-def test_search_that_finds_nothing_says_so():
-    code, out, err = call("search", "zzzzqqqq")
+def test_search_that_finds_nothing_says_so(command):
+    code, out, err = command("search", "zzzzqqqq")
     assert (code, out) == (0, "")
     assert "nothing found" in err
 
 
-def test_show_gives_the_lines_needs_claims_and_citation():
-    _, out, _ = call("show", "esd", "--json")
+def test_show_gives_the_lines_needs_claims_and_citation(command):
+    _, out, _ = command("show", "esd", "--json")
     shown = json.loads(out)
     assert "ESDLoss" in shown["lines"]
     assert set(shown["needs"]) == {"labels", "gpu", "extra"}
     assert shown["claims"][0]["says"]
     assert shown["cite"].startswith("@inproceedings")
-    _, text, _ = call("show", "esd")
+    _, text, _ = command("show", "esd")
     for part in ("For:", "Use it", "Needs:", "Claims:", "Cite:"):
         assert part in text
-    _, text, _ = call("show", "othello-world")
+    _, text, _ = command("show", "othello-world")
     assert "Not implemented yet." in text
 
 
-def test_run_prints_the_contracts_row_and_stores_it(tmp_path):
-    code, out, err = call("run", *FAST, "--seeds", 2, "--first-seed", 7, "--json", "--quiet")
+def test_the_module_is_the_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "posterity", "cite", "esd"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("@inproceedings")
+
+
+def test_run_prints_the_contracts_row_and_stores_it(command, tmp_path):
+    code, out, err = command("run", *FAST, "--seeds", 2, "--first-seed", 7, "--json", "--quiet")
     assert (code, err) == (0, "")
     (row,) = json.loads(out)
-    assert list(row) == ["paper", "claim", "says", "form", "metric", "better", "arms", "effect", "verdict", "seeds",
+    assert list(row) == ["paper", "claim", "says", "form", "metric", "better", "arms", "effect", "verdict",
+                         "seeds_to_settle", "seeds",
                          "seconds", "data", "params", "code"]  # fmt: skip
     assert row["seeds"] == [7, 8]
     assert row["params"]["max_iter"] == 3
@@ -81,13 +78,13 @@ def test_run_prints_the_contracts_row_and_stores_it(tmp_path):
         assert set(arm) == {"mean", "ci95", "values"}
         assert len(arm["values"]) == 2
     assert set(row["effect"]) == {"mean", "ci95"}
-    assert json.loads(call("results", "--json")[1]) == [row]
-    code, again, err = call("run", *FAST, "--seeds", 2, "--first-seed", 7, "--json")
+    assert json.loads(command("results", "--json")[1]) == [row]
+    code, again, err = command("run", *FAST, "--seeds", 2, "--first-seed", 7, "--json")
     assert json.loads(again) == [row]
     assert "2 of 2 trials were stored" in err
-    _, out, _ = call("results")
+    _, out, _ = command("results")
     assert "verdict:" in out
-    code, out, err = call("run", *FAST, "--seeds", 1, "--strict")
+    code, out, err = command("run", *FAST, "--seeds", 1, "--strict")
     assert code == 3
     assert "inconclusive" in out
     assert "[1/1] minibatch-kmeans local_implies_global seed 0" in err
@@ -115,6 +112,9 @@ def test_run_prints_the_contracts_row_and_stores_it(tmp_path):
         (["run", "esd", "--set", "colour"], "--set must be name=value"),
         (["run", "esd", "--set", "colour=red"], "takes no 'colour'"),
         (["run", "esd", "--set", "data=digits"], "use --data"),
+        (["run", "a-dgn", "--set", "n_sets=0"], "long_range: n_sets must be at least 1, got 0"),
+        (["run", "quasi-sliced-wasserstein", "--set", "lr=nan"], "flow: lr must be greater than 0, got nan"),
+        (["run", "a-dgn", "--set", "shallower=2,0"], "depth: shallower must be at least 1, got 0"),
         (["run", "tangos", "--set", "n_noise=few"], "n_noise must be an integer, got 'few'"),
         (["run", "tangos", "--data", "two-moons"], "data must be table: a name ("),
         (["run", "tangos", "--data", "missing.csv"], "which is no name and no file"),
@@ -127,7 +127,7 @@ def test_run_prints_the_contracts_row_and_stores_it(tmp_path):
         (["vendor", "othello-world"], "not implemented yet"),
         (["results", "nope"], "unknown paper"),
         (["report"], "nothing to report"),
-        (["compare", "cooking"], "task must be one of tabular-regression"),
+        (["compare", "cooking"], "task must be one of calibration"),
         (["compare", "node-classification", "--target", "x"], "takes no target"),
         (["compare", "tabular-regression", "--data", "nope"], "which is no name and no file"),
         (["new", "Bad Slug", "--domain", "graphs"], "slug must be lower-case"),
@@ -140,21 +140,18 @@ def test_run_prints_the_contracts_row_and_stores_it(tmp_path):
         (["search"], "Missing argument"),
     ],
 )  # fmt: skip
-def test_bad_usage_is_one_line_and_exit_code_2(words, said, as_a_user, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["posterity", *words])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2, (out, err)
+def test_bad_usage_is_one_line_and_exit_code_2(command, words, said):
+    code, out, err = command(*words)
+    assert code == 2, (out, err)
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert out == ""
 
 
-def test_a_trial_that_raises_gives_exit_code_1_and_the_reason(tmp_path):
+def test_a_trial_that_raises_gives_exit_code_1_and_the_reason(command, tmp_path):
     table = tmp_path / "t.csv"
     table.write_text("a,b,price\n" + "".join(f"{k},{k * k % 7},{k % 5}.5\n" for k in range(6)))
-    code, out, err = call(
+    code, out, err = command(
         "run", "tangos", "--data", table, "--target", "price", "--set", "max_epochs=0", "--seeds", 1, "--json"
     )
     assert code == 1
@@ -179,9 +176,9 @@ def test_ctrl_c_keeps_what_is_stored_and_says_how_to_go_on():
     assert "posterity run minibatch-kmeans" in err
 
 
-def test_new_writes_four_files_that_the_linter_passes_and_whose_tests_say_what_is_missing(tmp_path):
+def test_new_writes_four_files_that_the_linter_passes_and_whose_tests_say_what_is_missing(command, tmp_path):
     (tmp_path / "src" / "posterity" / "papers").mkdir(parents=True)
-    code, out, err = call("new", "brand-new", "--domain", "graphs", "--root", tmp_path)
+    code, out, err = command("new", "brand-new", "--domain", "graphs", "--root", tmp_path)
     assert code == 0, err
     files = out.split()
     assert len(files) == 4
@@ -189,19 +186,19 @@ def test_new_writes_four_files_that_the_linter_passes_and_whose_tests_say_what_i
                           capture_output=True, text=True, check=False)  # fmt: skip
     if "No module named ruff" not in lint.stderr:
         assert lint.returncode == 0, lint.stdout
-    code, _, err = call("new", "brand-new", "--domain", "graphs", "--root", tmp_path)
+    code, _, err = command("new", "brand-new", "--domain", "graphs", "--root", tmp_path)
     assert code == 2
     assert "is there already" in err
 
 
-def test_compare_ranks_entries_with_ties_and_intervals(tmp_path):
+def test_compare_ranks_entries_with_ties_and_intervals(command, tmp_path):
     table = tmp_path / "houses.csv"
     rng = random.Random(0)
     rows = [(rng.random(), rng.random(), rng.choice("xyz")) for _ in range(80)]
     table.write_text(
         "rooms;size;town;price\n" + "".join(f"{a};{b};{t};{3 * a - b + (t == 'x')}\n" for a, b, t in rows)
     )
-    code, out, err = call(
+    code, out, err = command(
         "compare", "tabular-regression", "--data", table, "--target", "price", "--seeds", 2, "--json"
     )
     assert code == 0, err
@@ -211,7 +208,9 @@ def test_compare_ranks_entries_with_ties_and_intervals(tmp_path):
     assert {"linear", "gradient boosting", "tuned MLP", "random forest"} <= {row["entry"] for row in found}
     assert "tangos" in {row["paper"] for row in found}
     assert found[0]["entry"] == "linear"
-    code, out, err = call("compare", "tabular-regression", "--data", table, "--target", "price", "--seeds", 2)
+    code, out, err = command(
+        "compare", "tabular-regression", "--data", table, "--target", "price", "--seeds", 2
+    )
     assert code == 0 and "were stored and not run again" in err
     assert out.split()[:3] == ["rank", "entry", "paper"] and "= ties:" in out
     assert "linear, an ordinary choice, is enough as far as 2 seeds tell" in " ".join(out.split())

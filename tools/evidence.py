@@ -12,6 +12,7 @@ from posterity.engine.store import Store
 from posterity.engine.verdicts import judge
 from posterity.papers import get, papers
 from posterity.site.figures import alone, dots
+from tools.parity import compare
 
 ROOT = Path(__file__).parent.parent
 DIGITS = 6
@@ -58,6 +59,7 @@ def main() -> None:
             "paper": paper.slug,
             "python": platform.python_version(),
             "libraries": libraries,
+            "parity": compare(paper.slug),
             "claims": claims,
         }
         path = ROOT / "evidence" / f"{paper.slug}.json"

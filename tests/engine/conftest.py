@@ -1,4 +1,4 @@
-"""Jobs of the plain trials beside these tests."""
+"""Jobs of the trials beside these tests."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,16 @@ def jobs(monkeypatch):
 
     def make(name, n, time_limit=120.0, **params):
         return [
-            Job("plain", name, f"plain_trials:{name}", params, seed, "code", "cpu", time_limit)
+            Job(
+                "plain",
+                name,
+                f"{'drawn' if name == 'draw' else 'plain'}_trials:{name}",
+                params,
+                seed,
+                "code",
+                "cpu",
+                time_limit,
+            )
             for seed in range(n)
         ]
 

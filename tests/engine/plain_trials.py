@@ -1,16 +1,7 @@
-"""Trials that behave and misbehave, imported by worker processes."""
+"""Trials that behave and misbehave, imported by worker processes; they need no heavy library."""
 
 import os
 import time
-
-import torch
-
-
-def draw(trial, size: int = 3):
-    trial.track("curve", 1, trial.seed)
-    generator = torch.Generator().manual_seed(trial.seed)
-    x = torch.randn(300, 300, generator=generator)
-    return float((x @ x).sum()) + size + float(torch.rand(()))
 
 
 def slow(trial, seconds: float = 0.2):

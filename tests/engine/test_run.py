@@ -4,9 +4,12 @@ from typing import Annotated, Literal
 
 import pytest
 
+from posterity.claims import Between, Claim, Count, Positive, Share, trend
 from posterity.engine import cluster, compare, plan, run, verdicts
+from posterity.engine.discovery import Outline
 from posterity.engine.store import Job, Outcome, Store
 from posterity.lab.tasks import get_task
+from posterity.papers import get
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,66 @@ def test_a_setting_becomes_what_the_signature_says(text, annotation, value):
 def test_another_text_is_refused_by_name(text, annotation, said):
     with pytest.raises(ValueError, match=said):
         plan.typed("p", text, annotation)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "said"),
+    [
+        (0, Count, "p must be at least 1, got 0"), ([2, 0], tuple[Count, ...], "p must be at least 1, got 0"),
+        (1.5, Share, "p must be at least 0 and at most 1, got 1.5"), (float("nan"), Share, "at most 1, got nan"),
+        (0.0, Positive, "p must be greater than 0, got 0.0"), (0, Count | None, "p must be at least 1"),
+        (6, Annotated[int, Between(high=5)], "p must be at most 5, got 6"),
+        (None, Count | None, ""), (1, Count, ""), (1.0, Share, ""), ((), tuple[Count, ...], ""), (-3.0, float, ""),
+    ],
+)  # fmt: skip
+def test_a_number_out_of_the_range_that_its_annotation_gives_is_refused(value, annotation, said):
+    def claim(trial, p=1):
+        return 0.0
+
+    claim.__annotations__["p"] = annotation
+    made = trend(paper="esd", says="S.", metric="m", low=0)(claim)
+    if not said:
+        made.refuse({"p": value})
+        return
+    with pytest.raises(ValueError, match=f"claim: .*{said}"):
+        made.refuse({"p": value})
+
+
+def test_a_claims_own_check_and_number_of_seeds_count_before_any_trial(monkeypatch):
+    def fits(low, high):
+        if low > high:
+            raise ValueError(f"low must be at most high, got {low} and {high}")
+
+    @trend(paper="esd", says="S.", metric="m", low=0, seeds=9, check=fits)
+    def claim(trial, low: int = 1, high: int = 2) -> float:
+        return 0.0
+
+    assert isinstance(claim, Claim)
+    monkeypatch.setattr(plan, "load_claims", lambda paper: {"claim": claim})
+    monkeypatch.setattr(plan, "claim_outlines", lambda paper: [Outline("claim", "trend", {}, {}, "")])
+    monkeypatch.setattr(plan, "fingerprint", lambda module, name: "code")
+    ((found,), _) = plan.plan_claims(get("esd"))
+    assert [job.seed for job in found.jobs] == list(range(9))
+    ((found,), _) = plan.plan_claims(get("esd"), seeds=2, first_seed=100)
+    assert [job.seed for job in found.jobs] == [100, 101]
+    with pytest.raises(ValueError, match="low must be at most high, got 3 and 2"):
+        plan.plan_claims(get("esd"), settings={"low": "3"})
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([0.1, 0.9, 1.2], "; about 5 seeds would settle it"),
+        ([-1.0, 1.0], "; more than 1,000 seeds"),
+        ([1.0, 1.1, 1.2], ""),
+    ],
+)
+def test_an_inconclusive_row_says_how_many_seeds_would_settle_it(values, says):
+    outline = Outline("c", "trend", {"says": "S.", "metric": "m", "low": 0.0}, {}, "")
+    pairs = [(Job("p", "c", "", {}, seed, ""), Outcome(value=value)) for seed, value in enumerate(values)]
+    row = verdicts.judge("p", outline, pairs)
+    assert ("seeds_to_settle" in row) == (row["verdict"] == "inconclusive") == bool(says)
+    assert verdicts.settling(row).startswith(says)
 
 
 @pytest.mark.parametrize(("on", "address"), [("ray", None), ("ray://head:10001", "ray://head:10001")])

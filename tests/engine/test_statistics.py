@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from posterity.engine.statistics import describe_range, judge_bound, judge_comparison, judge_trend, summary
+from posterity.engine.statistics import (
+    describe_range,
+    judge_bound,
+    judge_comparison,
+    judge_trend,
+    seeds_to_settle,
+    summary,
+)
 
 values = st.lists(st.floats(-100, 100), min_size=2, max_size=8)
 
@@ -73,3 +80,15 @@ def test_the_quantile_is_students_with_and_without_the_table(count):
     xs = [float(value) for value in range(count)]
     low, high = stats.t.interval(0.95, count - 1, np.mean(xs), stats.sem(xs))
     assert summary(xs)["ci95"] == pytest.approx([low, high], rel=1e-12)
+
+
+def test_as_many_seeds_as_would_settle_it_settle_it_and_one_fewer_do_not():
+    """With the mean and spread of what was seen, the interval leaves the edge at that count."""
+    seen, edges = [0.5, -0.4, 1.0, 0.1, 0.3], [0.0]
+    count = seeds_to_settle(seen, edges)
+    mean, spread = np.mean(seen), np.std(seen, ddof=1)
+    for n, settled in ((count, True), (count - 1, False)):
+        half = stats.t.ppf(0.975, n - 1) * spread / np.sqrt(n)
+        assert (half < mean) == settled
+    assert seeds_to_settle(seen, [0.0, 0.4], most=10_000) > count, "the nearest edge decides"
+    assert seeds_to_settle([1.0, -1.0], edges) is None

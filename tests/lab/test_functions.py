@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from posterity.cli import main
 from posterity.lab.data import Functions, check, kind_of, load_functions, names
 from posterity.lab.training import fit_functions, per_target
 from posterity.uncertainty import CNP
@@ -135,28 +134,17 @@ def test_a_users_table(table):
         (lambda f: f[f.function.isin(["f1", "f2"])], "needs at least 5 functions of 2 points or more, has 2"),
     ],
 )
-def test_tables_that_are_none(table, change, says, monkeypatch, capsys):
+def test_tables_that_are_none(table, change, says, command):
     path, frame = table
     change(frame).to_csv(path, index=False)
     with pytest.raises(ValueError, match=says):
         load_functions(str(path))
-    code, _, err = command(
-        monkeypatch, capsys, "run", "lbanp", "--claim", "bottleneck_suffices", "--data", str(path)
-    )
+    code, _, err = command("run", "lbanp", "--claim", "bottleneck_suffices", "--data", str(path))
     assert code == 2 and "Traceback" not in err and path.name in err
 
 
-def test_a_claim_runs_on_a_users_table(table, monkeypatch, capsys):
+def test_a_claim_runs_on_a_users_table(table, command):
     path, _ = table
     words = ("--data", str(path), "--seeds", "2", "--set", "steps=3", "--workers", "1", "--quiet", "--json")
-    code, out, _ = command(monkeypatch, capsys, "run", "lbanp", "--claim", "bottleneck_suffices", *words)
+    code, out, _ = command("run", "lbanp", "--claim", "bottleneck_suffices", *words)
     assert code == 0 and '"paper": "lbanp"' in out
-
-
-def command(monkeypatch, capsys, *words):
-    """Return exit code, stdout and stderr of a command line, run in this process."""
-    monkeypatch.setattr("sys.argv", ["posterity", *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    printed = capsys.readouterr()
-    return end.value.code or 0, printed.out, printed.err

@@ -9,7 +9,14 @@ from posterity.lab.tasks import entries, get_task, image_classification, task_na
 
 
 @pytest.fixture
-def features(tmp_path):
+def short(monkeypatch):
+    """Let networks train for 20 epochs."""
+    for module in (image_classification, cider, esd):
+        monkeypatch.setattr(module, "image_epochs", lambda n: 20)
+
+
+@pytest.fixture
+def features(tmp_path, short):
     """Return a file of five classes that lie apart, as rows."""
     rng = np.random.default_rng(0)
     y = np.arange(150) % 5
@@ -18,10 +25,8 @@ def features(tmp_path):
 
 
 @pytest.fixture
-def images(tmp_path, monkeypatch):
-    """Return a file of images with a bright spot where their class has it; training is short."""
-    for module in (image_classification, cider, esd):
-        monkeypatch.setattr(module, "image_epochs", lambda n: 20)
+def images(tmp_path, short):
+    """Return a file of images with a bright spot where their class has it."""
     rng = np.random.default_rng(0)
     y = np.arange(60) % 5
     x = 0.5 * np.eye(25)[3 * y] + 0.4 * rng.random((60, 25))

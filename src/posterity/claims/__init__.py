@@ -11,17 +11,55 @@ Three forms are enough:
 - ``trend``: it returns an exponent or correlation that should lie in a range.
 
 The decorators' arguments and the parameters' defaults are literals, so that a claim can
-be shown without being imported.
+be shown without being imported; only ``check``, which is a function, is not.
+
+A parameter that is a number says in its annotation what is allowed (`Count`, `Share`,
+`Positive`, or ``Annotated[int, Between(2, 10)]``); what several must fulfil together, ``check``
+says. Both are asked before any trial.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-__all__ = ["Claim", "Trial", "bound", "comparison", "trend"]
+__all__ = ["Between", "Claim", "Count", "Positive", "Share", "Trial", "bound", "comparison", "trend"]
 
 Better = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class Between:
+    """The numbers that a parameter may be: ends included, ``above`` excludes the lower one.
+
+    Attributes
+    ----------
+    low, high : float, optional
+        None is no end.
+    above : bool
+        Whether the number must be greater than ``low``.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+
+    def refuse(self, name: str, value: float) -> None:
+        """Raise ``ValueError`` for a number outside, NaN among them."""
+        low, high = self.low, self.high
+        inside = (low is None or (value > low if self.above else value >= low)) and (
+            high is None or value <= high
+        )
+        if not inside or value != value:
+            ends = [f"{'greater than' if self.above else 'at least'} {low:g}"] if low is not None else []
+            ends += [f"at most {high:g}"] if high is not None else []
+            raise ValueError(f"{name} must be {' and '.join(ends)}, got {value}")
+
+
+Count = Annotated[int, Between(1)]
+Share = Annotated[float, Between(0, 1)]
+Positive = Annotated[float, Between(0, above=True)]
 
 
 @dataclass
@@ -83,6 +121,10 @@ class Claim:
         The paper's own value of the effect, value or trend, drawn as a line.
     timed : bool
         Whether the metric is made of seconds, which one seed does not repeat.
+    seeds : int
+        How many seeds decide by default: more where the effect is small beside its spread.
+    check : callable, optional
+        ``check(**parameters)`` raises ``ValueError`` for settings that cannot go together.
     """
 
     run: Callable[..., Any]
@@ -99,6 +141,8 @@ class Claim:
     smallest: dict[str, Any] = field(default_factory=dict)
     figure: float | None = None
     timed: bool = False
+    seeds: int = 5
+    check: Callable[..., None] | None = None
 
     @property
     def name(self) -> str:
@@ -116,14 +160,36 @@ class Claim:
         """Default value of each parameter."""
         return {name: parameter.default for name, parameter in self.parameters.items()}
 
+    def refuse(self, settings: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` for settings out of range, or that cannot go together."""
+        for name, value in settings.items():
+            _refuse(f"{self.name}: {name}", value, self.parameters[name].annotation)
+        if self.check is not None:
+            self.check(**{**self.defaults, **settings})
+
     def __call__(self, trial: Trial, **parameters: Any) -> Any:
         """Run one seed: ``{arm: value}`` for a comparison, else a number."""
+        self.refuse(parameters)
         outcome = self.run(trial, **parameters)
         if self.form != "comparison":
             return float(outcome)
         if tuple(outcome) != self.arms:
             raise ValueError(f"{self.name} must return the arms {self.arms}, got {tuple(outcome)}")
         return {arm: float(value) for arm, value in outcome.items()}
+
+
+def _refuse(name: str, value: Any, annotation: Any) -> None:
+    """Raise ``ValueError`` for a value, or an item of it, that its annotation does not allow."""
+    inner = get_args(annotation)
+    if hasattr(annotation, "__metadata__"):
+        for allowed in inner[1:]:
+            if isinstance(allowed, Between):
+                allowed.refuse(name, value)
+    elif get_origin(annotation) in (tuple, list):
+        for item in value:
+            _refuse(name, item, inner[0])
+    elif get_origin(annotation) in (Union, types.UnionType) and value is not None:
+        _refuse(name, value, next(kind for kind in inner if kind is not type(None)))
 
 
 def comparison(
@@ -142,7 +208,7 @@ def comparison(
     better : {"lower", "higher"}
         Which way the metric is good.
     **facts
-        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed`` of `Claim`.
+        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed``, ``seeds``, ``check`` of `Claim`.
 
     Returns
     -------
@@ -169,7 +235,7 @@ def bound(
     better : {"lower", "higher"}, default="lower"
         On which side of the limit the value must stay.
     **facts
-        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed`` of `Claim`.
+        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed``, ``seeds``, ``check`` of `Claim`.
 
     Returns
     -------
@@ -191,7 +257,7 @@ def trend(
     low, high : float
         The values that agree with the paper, ends included; None, for one of them, is no end.
     **facts
-        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed`` of `Claim`.
+        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed``, ``seeds``, ``check`` of `Claim`.
 
     Returns
     -------

@@ -110,16 +110,18 @@ def search(
 def show(slug: Slug, as_json: AsJson = False) -> None:
     """Show what a paper's method is for, the lines that use it, its claims and verdicts."""
     from posterity.engine.discovery import claim_outlines
+    from posterity.engine.verdicts import agreement, settling
 
     paper = get(slug)
+    shipped = _shipped(slug)
     facts: dict[str, Any] = {
         **_index_row(paper), "authors": list(paper.authors), "track": paper.track, "url": paper.url,
         "for": paper.problem, "kind": paper.kind, "lines": paper.lines, "module": paper.module,
         "exports": list(paper.exports),
         "needs": {"labels": paper.labels, "gpu": paper.gpu, "extra": paper.extra},
-        "departures": list(paper.departures), "claims": [], "cite": paper.bibtex(),
+        "departures": list(paper.departures), "parity": shipped.get("parity"), "claims": [], "cite": paper.bibtex(),
     }  # fmt: skip
-    last = {row["claim"]: row for row in _shipped(slug)}
+    last = {row["claim"]: row for row in shipped["claims"]}
     last |= {row["claim"]: row for row in _remembered(slug)}
     for outline in claim_outlines(paper):
         row = last.get(outline.name)
@@ -127,6 +129,7 @@ def show(slug: Slug, as_json: AsJson = False) -> None:
         facts["claims"].append({
             "name": outline.name, "says": outline.facts["says"], "form": outline.form, "params": outline.defaults,
             "verdict": row["verdict"] if row else None, "effect": (row.get("effect") or row.get("value")) if row else None,
+            "settling": settling(row) if row else "",
             "seconds_per_trial": round(per_trial, 2) if per_trial is not None else None,
         })  # fmt: skip
     if as_json:
@@ -144,7 +147,11 @@ def show(slug: Slug, as_json: AsJson = False) -> None:
     print("\nClaims:")
     for claim in facts["claims"]:
         cost = f", {claim['seconds_per_trial']:g} s a seed" if claim["seconds_per_trial"] is not None else ""
-        print(f"  {claim['name']}: {claim['says']}\n    {claim['verdict'] or 'not run yet'}{cost}")
+        print(
+            f"  {claim['name']}: {claim['says']}\n    {claim['verdict'] or 'not run yet'}{claim['settling']}{cost}"
+        )
+    if facts["parity"]:
+        print(f"\nParity: {agreement(facts['parity'])}.")
     if paper.departures:
         print("\nDepartures from the paper and slips of official code not copied:")
         for number, text in enumerate(paper.departures, start=1):
@@ -152,10 +159,10 @@ def show(slug: Slug, as_json: AsJson = False) -> None:
     print(f"\nCite:\n{paper.bibtex()}")
 
 
-def _shipped(slug: str) -> list[dict[str, Any]]:
-    """Return the rows of the evidence that came with the package."""
+def _shipped(slug: str) -> dict[str, Any]:
+    """Return the evidence that came with the package."""
     path = Path(posterity.__file__).parent / "evidence" / f"{slug}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["claims"] if path.is_file() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"claims": []}
 
 
 def _remembered(slug: str) -> list[dict[str, Any]]:

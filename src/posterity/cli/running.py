@@ -32,7 +32,10 @@ def run(
     domain: Domain = None,
     every: Annotated[bool, typer.Option("--all", help="Every paper that is implemented.")] = False,
     claim: Annotated[str | None, typer.Option("--claim", help="One claim of the paper.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="How many seeds.")] = 5,
+    seeds: Annotated[
+        int | None,
+        typer.Option("--seeds", help="How many seeds; by default what the claim asks for, mostly 5."),
+    ] = None,
     first_seed: Annotated[int, typer.Option("--first-seed", help="The first of them.")] = 0,
     data: Data = None,
     target: Target = None,
@@ -115,8 +118,8 @@ def _choose(slugs: list[str] | None, domain: str | None, every: bool) -> list[Pa
     return chosen
 
 
-def check_numbers(seeds: int, first_seed: int, workers: int | None, on: str, device: str) -> None:
-    if seeds < 1:
+def check_numbers(seeds: int | None, first_seed: int, workers: int | None, on: str, device: str) -> None:
+    if seeds is not None and seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {seeds}")
     if first_seed < 0:
         raise ValueError(f"--first-seed must be at least 0, got {first_seed}")
@@ -184,6 +187,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     from posterity.engine.statistics import describe_range
+    from posterity.engine.verdicts import settling
 
     terminal = console()
     for row in rows:
@@ -207,7 +211,8 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         terminal.print(f"{row['metric']}{f' ({better})' if better else ''}; {len(row['seeds'])} seeds, "
                       f"{row['seconds']:.0f} s; data {row['data']}", style="dim", markup=False)  # fmt: skip
         terminal.print("verdict: ", end="")
-        terminal.print(row["verdict"], style=STYLES[row["verdict"]])
+        terminal.print(row["verdict"], style=STYLES[row["verdict"]], end="")
+        terminal.print(settling(row), style="dim", markup=False)
 
 
 @app.command()

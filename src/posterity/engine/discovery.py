@@ -38,7 +38,8 @@ def _outlines(path: Path) -> list[Outline]:
         for mark in node.decorator_list:
             form = getattr(getattr(mark, "func", None), "id", "")
             if form in ("comparison", "bound", "trend") and isinstance(mark, ast.Call):
-                facts = {word.arg: ast.literal_eval(word.value) for word in mark.keywords if word.arg}
+                words = {word.arg: word.value for word in mark.keywords if word.arg not in (None, "check")}
+                facts = {name: ast.literal_eval(value) for name, value in words.items()}
                 arguments = [arg.arg for arg in node.args.args]
                 values = [ast.literal_eval(value) for value in node.args.defaults]
                 defaults = dict(zip(arguments[len(arguments) - len(values) :], values, strict=True))

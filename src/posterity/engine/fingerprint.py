@@ -4,7 +4,8 @@ A fingerprint covers the definitions of Posterity that a claim reaches by name, 
 in its file, its method, the lab and what papers share. What a module does on import counts as
 soon as the module is reached: registered data sets, loops, conditions. What code says counts,
 not where it stands: a definition may move to another file, and comments, layout, docstrings,
-the types of arguments and the paths of our own imports do not count. The versions of torch,
+the types of arguments, the paths of our own imports and what a claim says of itself beside
+its judgement do not count. The versions of torch,
 numpy and scikit-learn do.
 """
 
@@ -26,6 +27,8 @@ __all__ = ["fingerprint", "sources"]
 LIBRARIES = ("torch", "numpy", "scikit-learn")
 # Decorators of what counts only where it is named; other calls, such as `dataset`, register.
 BY_NAME = {"dataclass", "entry", "comparison", "bound", "trend"}
+# What a claim's decorator says that changes no value and no verdict.
+ASIDE = {"where", "time_limit", "smallest", "figure", "seeds", "check"}
 OURS = re.compile(r"(?<=(?:name|dule)=')posterity\.[\w.]+")
 # The index, the forms of claims, the engine and the registers describe, find and run; they do not compute.
 SKIP = {
@@ -148,6 +151,9 @@ def _strip(statement: ast.stmt) -> None:
                 node.body = node.body[1:] or [ast.Pass()]
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             node.returns = None
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and _name(mark.func) in ("comparison", "bound", "trend"):
+                    mark.keywords = [word for word in mark.keywords if word.arg not in ASIDE]
         if isinstance(node, ast.arg):
             node.annotation = None
 

@@ -28,7 +28,7 @@ class Plan:
 
 
 def plan_claims(
-    paper: Paper, *, claim: str | None = None, seeds: int = 5, first_seed: int = 0, data: str | None = None,
+    paper: Paper, *, claim: str | None = None, seeds: int | None = None, first_seed: int = 0, data: str | None = None,
     target: str | None = None, settings: dict[str, str] | None = None, device: str = "cpu",
 ) -> tuple[list[Plan], list[str]]:  # fmt: skip
     """Return the plans of a paper's claims, all of their input checked.
@@ -38,8 +38,9 @@ def plan_claims(
     paper : Paper
     claim : str, optional
         One claim; by default each that takes what is set.
-    seeds, first_seed : int
-        How many, and the first.
+    seeds : int, optional
+        How many; by default what each claim asks for.
+    first_seed : int, default=0
     data, target : str, optional
         Values of the parameters of these names.
     settings : dict of str to str, optional
@@ -54,8 +55,8 @@ def plan_claims(
     Raises
     ------
     ValueError
-        For an unknown claim or parameter, a value of another type, or data that does not
-        fit or cannot be read.
+        For an unknown claim or parameter, a value of another type or out of range, or data
+        that does not fit or cannot be read.
     """
     claims = load_claims(paper)
     if claim is not None and claim not in claims:
@@ -73,6 +74,7 @@ def plan_claims(
         params = each.defaults
         for key, text in given.items():
             params[key] = typed(f"{name}: {key}", text, each.parameters[key].annotation)
+        each.refuse(params)
         note = _check_data(each.parameters, params) if "data" in params else ""
         limit = each.time_limit if params == each.defaults else A_WEEK
         jobs = [
@@ -86,7 +88,7 @@ def plan_claims(
                 device,
                 limit,
             )
-            for seed in range(first_seed, first_seed + seeds)
+            for seed in range(first_seed, first_seed + (seeds or each.seeds))
         ]
         outline = next(outline for outline in claim_outlines(paper) if outline.name == name)
         plans.append(Plan(paper, outline, params, jobs, note))

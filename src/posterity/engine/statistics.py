@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-__all__ = ["Verdict", "describe_range", "judge_bound", "judge_comparison", "judge_trend", "summary"]
+__all__ = [
+    "Verdict", "describe_range", "judge_bound", "judge_comparison", "judge_trend", "seeds_to_settle", "summary",
+]  # fmt: skip
 
 Verdict = Literal["holds", "fails", "inconclusive", "error"]
 
@@ -48,6 +50,29 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     half = _quantile(len(values) - 1) * math.sqrt(variance / len(values))
     return {"mean": mean, "ci95": [mean - half, mean + half]}
+
+
+def seeds_to_settle(values: Sequence[float], edges: Sequence[float], most: int = 1000) -> int | None:
+    """Return how many seeds would put the interval on one side of every edge, if the spread stays.
+
+    Parameters
+    ----------
+    values : sequence of float
+        One a seed; at least two.
+    edges : sequence of float
+        Where a verdict changes: 0 for a paired difference, the ends of a range for a trend.
+    most : int, default=1000
+        Beyond it the answer is None.
+
+    Returns
+    -------
+    int or None
+    """
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    room = min(abs(mean - edge) for edge in edges)
+    enough = (n for n in range(2, most + 1) if _quantile(n - 1) * math.sqrt(variance / n) < room)
+    return next(enough, None)
 
 
 def judge_comparison(

@@ -10,7 +10,7 @@ from posterity.engine.fingerprint import fingerprint
 from posterity.engine.store import Job, Outcome, Store
 from posterity.papers import papers
 
-__all__ = ["current", "groups", "judge", "stored_rows"]
+__all__ = ["agreement", "current", "groups", "judge", "settling", "stored_rows"]
 
 
 def judge(paper: str, outline: Outline, pairs: Iterable[tuple[Job, Outcome]]) -> dict[str, Any]:
@@ -58,6 +58,13 @@ def judge(paper: str, outline: Outline, pairs: Iterable[tuple[Job, Outcome]]) ->
             row["range"] = [facts.get("low"), facts.get("high")]
             verdict = statistics.judge_trend(values, *row["range"]) if values else "error"
     row["verdict"] = "error" if bad else verdict
+    if row["verdict"] == "inconclusive" and len(values) > 1:
+        if outline.form == "comparison":
+            pairs_of = zip(by_arm[arms[-1]], by_arm[arms[0]], strict=True)
+            seen, edges = [ours - theirs for ours, theirs in pairs_of], [0.0]
+        else:
+            seen, edges = values, [end for end in row["range"] if end is not None]
+        row["seeds_to_settle"] = statistics.seeds_to_settle(seen, edges)
     row["seeds"] = [job.seed for job, _ in good]
     row["seconds"] = round(sum(outcome.seconds for _, outcome in ordered), 3)
     row["data"] = first.params.get("data")
@@ -66,6 +73,40 @@ def judge(paper: str, outline: Outline, pairs: Iterable[tuple[Job, Outcome]]) ->
     if bad:
         row["errors"] = bad
     return row
+
+
+def settling(row: dict[str, Any]) -> str:
+    """Return how many seeds would settle an inconclusive row, in words; empty for others.
+
+    Parameters
+    ----------
+    row : dict
+        What `judge` returns.
+
+    Returns
+    -------
+    str
+    """
+    if "seeds_to_settle" not in row:
+        return ""
+    count = row["seeds_to_settle"]
+    many = "more than 1,000" if count is None else f"about {count:,}"
+    return f"; {many} seeds would settle it, if the spread stays as seen"
+
+
+def agreement(parity: dict[str, Any]) -> str:
+    """Return how closely a method agrees with other code, in words.
+
+    Parameters
+    ----------
+    parity : dict
+        ``against``, ``values`` and ``largest`` of the evidence.
+
+    Returns
+    -------
+    str
+    """
+    return f"{parity['values']:,} values of {parity['against']}, at most {parity['largest']:.2g} apart"
 
 
 def _described(values: list[float]) -> dict[str, Any]:

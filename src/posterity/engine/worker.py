@@ -20,20 +20,17 @@ __all__ = ["main", "perform"]
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job and return its outcome; whatever it raises becomes the outcome's error."""
-    import numpy as np
-    import torch
-
     from posterity.claims import Trial
 
     trial = Trial(seed=job["seed"], device=job["device"])
-    torch.set_num_threads(1)
-    torch.manual_seed(trial.seed)  # for code of users that draws from the global generators
-    np.random.seed(trial.seed % 2**32)
     start = time.perf_counter()
     value, error = None, ""
     try:
         module, name = job["call"].split(":")
-        value = getattr(import_module(module), name)(trial, **job["params"])
+        call = getattr(import_module(module), name)
+        _settle(trial.seed)
+        start = time.perf_counter()
+        value = call(trial, **job["params"])
         json.dumps(value)
     except MemoryError:
         error = "MemoryError: out of memory"
@@ -44,6 +41,15 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "value": value, "curves": trial.curves, "records": trial.records, "seconds": seconds, "error": error,
     }  # fmt: skip
+
+
+def _settle(seed: int) -> None:
+    """Set threads, and the global generators, from which code of users may draw; only of what is loaded."""
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+        sys.modules["torch"].manual_seed(seed)
 
 
 def main() -> None:

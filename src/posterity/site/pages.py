@@ -13,7 +13,7 @@ from markupsafe import Markup
 from posterity.engine.discovery import claim_outlines
 from posterity.engine.statistics import describe_range
 from posterity.engine.store import Job, Outcome
-from posterity.engine.verdicts import judge
+from posterity.engine.verdicts import judge, settling
 from posterity.papers import papers
 from posterity.site import figures
 
@@ -112,7 +112,7 @@ def _claim(slug: str, group: Group) -> dict[str, Any]:
         (name, float(np.mean([o.records[name] for o in good if name in o.records]))) for name in recorded
     ]
     return {
-        "row": row, "lines": lines, "caption": caption, "where": outline.facts.get("where", ""),
+        "row": row, "lines": lines, "caption": caption, "settling": settling(row), "where": outline.facts.get("where", ""),
         "figure": Markup(figures.dots(row, outline.facts.get("figure"))), "doc": " ".join(outline.doc.split()),
         "charts": [(chart, Markup(figures.curves(chart, lines))) for chart, lines in charts.items()], "records": records,
     }  # fmt: skip

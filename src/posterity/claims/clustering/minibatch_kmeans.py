@@ -1,10 +1,12 @@
 """Claims about mini-batch k-means: batches speak for the data, runs end, and end well."""
 
+from typing import Annotated
+
 import numpy as np
 from numpy import ndarray
 from sklearn.cluster import KMeans, kmeans_plusplus
 
-from posterity.claims import Trial, bound, comparison, trend
+from posterity.claims import Between, Count, Positive, Trial, bound, comparison, trend
 from posterity.clustering import EarlyStopMiniBatchKMeans, iteration_bound, kmeans_batch_update
 from posterity.lab.data import Points, load_points
 
@@ -51,10 +53,10 @@ def _agreement(
 def local_implies_global(
     trial: Trial,
     data: Points = "digits",
-    n_clusters: int = 10,
-    epsilon: float = 0.16,
-    max_iter: int = 150,
-    n_rows: int | None = None,
+    n_clusters: Annotated[int, Between(2)] = 10,
+    epsilon: Positive = 0.16,
+    max_iter: Count = 150,
+    n_rows: Count | None = None,
 ) -> dict[str, float]:
     """Run the algorithm from one k-means++ start with either batch, until a batch stops improving.
 
@@ -81,9 +83,9 @@ def local_implies_global(
 def terminates(
     trial: Trial,
     data: Points = "digits",
-    n_clusters: int = 10,
-    batch_size: int = 2048,
-    n_rows: int | None = None,
+    n_clusters: Annotated[int, Between(2)] = 10,
+    batch_size: Count = 2048,
+    n_rows: Count | None = None,
 ) -> float:
     """Start from k-means++, from random points and with all centers in one corner of the cube.
 
@@ -119,11 +121,11 @@ def terminates(
 def quality(
     trial: Trial,
     data: Points = "digits",
-    n_clusters: int = 10,
-    epsilon: float = 0.02,
-    batch_size: int = 2048,
-    n_starts: int = 10,
-    n_rows: int | None = None,
+    n_clusters: Annotated[int, Between(2)] = 10,
+    epsilon: Positive = 0.02,
+    batch_size: Count = 2048,
+    n_starts: Count = 10,
+    n_rows: Count | None = None,
 ) -> float:
     """Compare final costs on all data from ten starts; Lloyd's algorithm runs to its own convergence.
 

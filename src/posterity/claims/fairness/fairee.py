@@ -1,6 +1,7 @@
 """Claims about FaiREE: what it promises of the true gap is kept, where the observed gap misleads."""
 
 from collections.abc import Iterator
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from posterity.claims import Trial, bound, comparison
+from posterity.claims import Between, Count, Share, Trial, bound, comparison
 from posterity.fairness import fair_thresholds
 from posterity.lab.data import Table, TableData, dataset, load_table, split, table_encoder
 
@@ -150,13 +151,13 @@ def keeps_its_word(
     data: Table = "synthetic",
     target: str | None = None,
     group: str | None = None,
-    alpha: float = 0.1,
-    delta: float = 0.05,
-    n_samples: int = 200,
-    n_designs: int = 8,
-    n_train: int = 240,
-    n_calibration: int = 560,
-    peer_samples: int = 0,
+    alpha: Share = 0.1,
+    delta: Annotated[float, Between(0, 1, above=True)] = 0.05,
+    n_samples: Count = 200,
+    n_designs: Count = 8,
+    n_train: Count = 240,
+    n_calibration: Count = 560,
+    peer_samples: Annotated[int, Between(0)] = 0,
 ) -> dict[str, float]:
     """Fit a scorer, draw calibration samples, and look at the gap on all other rows.
 
@@ -208,12 +209,12 @@ def within_delta(
     data: Table = "synthetic",
     target: str | None = None,
     group: str | None = None,
-    alpha: float = 0.1,
-    delta: float = 0.05,
-    n_samples: int = 200,
-    n_designs: int = 8,
-    n_train: int = 240,
-    n_calibration: int = 560,
+    alpha: Share = 0.1,
+    delta: Annotated[float, Between(0, 1, above=True)] = 0.05,
+    n_samples: Count = 200,
+    n_designs: Count = 8,
+    n_train: Count = 240,
+    n_calibration: Count = 560,
 ) -> float:
     """Count the broken promises of each notion; three standard errors are the noise of counting.
 

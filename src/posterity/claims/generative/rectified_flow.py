@@ -1,11 +1,13 @@
 """Claims about rectified flow: straight paths, cheap transport, and samples in one step."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from posterity._checks import needs, one_of
-from posterity.claims import Trial, bound, comparison
+from posterity.claims import Count, Positive, Trial, bound, comparison
 from posterity.generative import RectifiedFlow, reflow, straightness, transport_cost
 from posterity.lab import metrics, nets, training
 from posterity.lab.data import Points, dataset, load_images, load_points, split
@@ -92,11 +94,11 @@ def _noise(flow: RectifiedFlow, n: int, trial: Trial) -> Tensor:
 def one_step(
     trial: Trial,
     data: Points = "digits",
-    steps: int = 2_000,
-    n_pairs: int = 10_000,
-    n_samples: int = 2_000,
-    lr: float = 3e-3,
-    network: str = "mlp",
+    steps: Count = 2_000,
+    n_pairs: Count = 10_000,
+    n_samples: Count = 2_000,
+    lr: Positive = 3e-3,
+    network: Literal["mlp", "unet"] = "mlp",
 ) -> dict[str, float]:
     """Train a flow for all the steps, or for half of them and then on its own pairs.
 
@@ -136,10 +138,10 @@ def one_step(
 def transport(
     trial: Trial,
     data: Points = "digits",
-    steps: int = 2_000,
-    n_samples: int = 4_000,
-    lr: float = 3e-3,
-    network: str = "mlp",
+    steps: Count = 2_000,
+    n_samples: Count = 4_000,
+    lr: Positive = 3e-3,
+    network: Literal["mlp", "unet"] = "mlp",
 ) -> float:
     """Compare the pairs of a trained flow with independent pairs of noise and held-out data.
 
@@ -172,11 +174,11 @@ def transport(
 def straightening(
     trial: Trial,
     data: Points = "digits",
-    steps: int = 2_000,
-    n_pairs: int = 10_000,
-    n_samples: int = 2_000,
-    lr: float = 3e-3,
-    network: str = "mlp",
+    steps: Count = 2_000,
+    n_pairs: Count = 10_000,
+    n_samples: Count = 2_000,
+    lr: Positive = 3e-3,
+    network: Literal["mlp", "unet"] = "mlp",
 ) -> dict[str, float]:
     """Measure how far the paths of both arms of `one_step` are from straight lines."""
     train, _ = _cloud(data, trial.seed)
@@ -203,10 +205,10 @@ def straightening(
 def straight_paths(
     trial: Trial,
     data: Points = "digits",
-    steps: int = 1_000,
-    n_samples: int = 2_000,
-    lr: float = 3e-3,
-    network: str = "mlp",
+    steps: Count = 1_000,
+    n_samples: Count = 2_000,
+    lr: Positive = 3e-3,
+    network: Literal["mlp", "unet"] = "mlp",
 ) -> dict[str, float]:
     """Train the same network along variance-preserving curves and along lines.
 

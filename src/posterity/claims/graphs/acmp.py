@@ -1,7 +1,7 @@
 """Claims about ACMP: it classifies where diffusion smears, and its energy does not decay."""
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import networkx as nx
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Trial, comparison
+from posterity.claims import Between, Count, Positive, Trial, comparison
 from posterity.graphs import ACMP, ACMPConv, consensus_growth_rate, dirichlet_energy
 from posterity.lab.data import Graph, GraphData, dataset, load_graph
 from posterity.lab.data.graph import graph_data
@@ -58,14 +58,14 @@ def _accuracy(net: nn.Module, graph: GraphData, rows: Tensor) -> float:
 def unlike_neighbours(
     trial: Trial,
     data: Graph = "unlike-blocks",
-    diffusion_times: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0),
-    times: tuple[float, ...] = (2.0, 8.0),
-    betas: tuple[float, ...] = (0.0, 0.15, 0.3),
+    diffusion_times: tuple[Positive, ...] = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0),
+    times: tuple[Positive, ...] = (2.0, 8.0),
+    betas: tuple[Annotated[float, Between(0)], ...] = (0.0, 0.15, 0.3),
     interaction: Literal["difference", "operator"] = "difference",
     method: Literal["dopri5", "rk4"] = "rk4",
-    step_size: float = 0.25,
-    hidden: int = 32,
-    epochs: int = 60,
+    step_size: Positive = 0.25,
+    hidden: Count = 32,
+    epochs: Count = 60,
 ) -> dict[str, float]:
     """Classify nodes whose neighbours are mostly of other classes, by linear diffusion and by ACMP.
 
@@ -130,7 +130,11 @@ def unlike_neighbours(
     smallest={"time": 10.0, "step_size": 0.25},
 )
 def energy(
-    trial: Trial, time: float = 100.0, beta: float = 0.2, channels: int = 16, step_size: float = 0.05
+    trial: Trial,
+    time: Positive = 100.0,
+    beta: Annotated[float, Between(0)] = 0.2,
+    channels: Count = 16,
+    step_size: Positive = 0.05,
 ) -> dict[str, float]:
     """Let random features run on the karate club, without training.
 

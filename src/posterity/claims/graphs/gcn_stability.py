@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Trial, bound, comparison, trend
+from posterity.claims import Count, Positive, Trial, bound, comparison, trend
 from posterity.graphs import (
     Coarsening,
     StableGCN,
@@ -96,12 +96,12 @@ class _Plain(nn.Module):
 def resolutions(
     trial: Trial,
     data: Images = "digits",
-    delta: float = 0.01,
-    n_train: int = 1_200,
-    n_test: int = 597,
-    hidden: int = 32,
-    depth: int = 2,
-    epochs: int = 30,
+    delta: Positive = 0.01,
+    n_train: Count = 1_200,
+    n_test: Count = 597,
+    hidden: Count = 32,
+    depth: Count = 2,
+    epochs: Count = 30,
 ) -> dict[str, float]:
     """Classify images as grids of pixels, and then as grids of 2 x 2 blocks.
 
@@ -188,9 +188,9 @@ def _collapse_error(graph: dict[str, Any], shift: float) -> float:
 )
 def rate(
     trial: Trial,
-    deltas: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5),
-    pairs: int = 6,
-    shift: float = 1.0,
+    deltas: tuple[Positive, ...] = (1e-2, 1e-3, 1e-4, 1e-5),
+    pairs: Count = 6,
+    shift: Positive = 1.0,
 ) -> float:
     """Make six random edges of the karate club strong and collapse them, in float64.
 
@@ -212,9 +212,9 @@ def rate(
 )
 def certificate(
     trial: Trial,
-    deltas: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
-    pairs: int = 6,
-    shift: float = 1.0,
+    deltas: tuple[Positive, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+    pairs: Count = 6,
+    shift: Positive = 1.0,
 ) -> float:
     """Divide the error of `rate` by `collapse_bound`, from equal edges to very strong ones."""
     ratios = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from posterity._checks import needs
-from posterity.claims import Trial, comparison
+from posterity.claims import Count, Positive, Share, Trial, comparison
 from posterity.graphs import (
     HeterophilyGNN,
     adjacency_features,
@@ -85,11 +85,11 @@ class _FAGCN(nn.Module):
 def standard_beats_special(
     trial: Trial,
     data: Graph = "minesweeper-board",
-    hidden: int = 64,
-    num_layers: int = 4,
-    dropout: float = 0.2,
-    rates: tuple[float, ...] = (1e-2, 3e-2),
-    num_steps: int = 200,
+    hidden: Count = 64,
+    num_layers: Count = 4,
+    dropout: Share = 0.2,
+    rates: tuple[Positive, ...] = (1e-2, 3e-2),
+    num_steps: Count = 200,
 ) -> dict[str, float]:
     """Train FAGCN and SAGE alike: width, depth, dropout, steps, and a rate by validation.
 
@@ -136,10 +136,10 @@ def _without_duplicates(graph: GraphData) -> GraphData:
 def leakage(
     trial: Trial,
     data: Graph = "planted-duplicates",
-    hidden: int = 64,
-    num_layers: int = 1,
-    lr: float = 3e-3,
-    num_steps: int = 100,
+    hidden: Count = 64,
+    num_layers: Count = 1,
+    lr: Positive = 3e-3,
+    num_steps: Count = 100,
 ) -> dict[str, float]:
     """Train ResNet+adj on the graph as it is and on the graph of which each group keeps one node.
 

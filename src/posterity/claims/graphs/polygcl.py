@@ -1,7 +1,7 @@
 """Claims about PolyGCL: without labels it embeds graphs whichever nodes their edges join."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from posterity._checks import needs
-from posterity.claims import Trial, comparison, trend
+from posterity.claims import Between, Count, Trial, comparison, trend
 from posterity.graphs import PolyGCL, contextual_sbm, fit_polygcl
 from posterity.lab.data import Graph, GraphData, dataset, load_graph, split
 from posterity.lab.data.graph import graph_data
@@ -128,11 +128,11 @@ def _accuracies(graph: GraphData, hidden: int, epochs: int, patience: int, seed:
 def heterophily(
     trial: Trial,
     data: Graph = "contextual-sbm",
-    phi: float = -0.75,
-    n: int = 1000,
-    hidden: int = 64,
-    epochs: int = 100,
-    patience: int = 20,
+    phi: Annotated[float, Between(-1, 1)] = -0.75,
+    n: Annotated[int, Between(20)] = 1000,
+    hidden: Count = 64,
+    epochs: Count = 100,
+    patience: Count = 20,
 ) -> dict[str, float]:
     """Embed a graph that joins unlike nodes by either method and classify the frozen embedding.
 
@@ -162,7 +162,12 @@ def heterophily(
     smallest={"n": 200, "epochs": 2, "steps": 3},
 )
 def learned_filter(
-    trial: Trial, n: int = 500, n_features: int = 200, hidden: int = 64, epochs: int = 100, steps: int = 7
+    trial: Trial,
+    n: Annotated[int, Between(20)] = 500,
+    n_features: Count = 200,
+    hidden: Count = 64,
+    epochs: Count = 100,
+    steps: Annotated[int, Between(2)] = 7,
 ) -> float:
     """Train on block models from phi -1 to 1 and compare the two filters' values.
 

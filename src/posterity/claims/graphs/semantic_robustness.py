@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity._checks import integer, needs
-from posterity.claims import Trial, bound, comparison
+from posterity._checks import needs
+from posterity.claims import Count, Positive, Trial, bound, comparison
 from posterity.graphs import (
     CSBM,
     SemanticRobustness,
@@ -107,7 +107,12 @@ def _train(graph: Tensor, n_train: int, epochs: int, seed: int) -> nn.Module:
     smallest={"n": 120, "n_train": 40, "epochs": 30, "n_nodes": 20},
 )
 def over_robustness(
-    trial: Trial, n: int = 500, K: float = 1.0, n_train: int = 200, epochs: int = 200, n_nodes: int = 60
+    trial: Trial,
+    n: Count = 500,
+    K: Positive = 1.0,
+    n_train: Count = 200,
+    epochs: Count = 200,
+    n_nodes: Count = 60,
 ) -> dict[str, float]:
     """Attack new nodes of a stochastic block model with edges to the most similar of the other class.
 
@@ -116,7 +121,6 @@ def over_robustness(
     the old nodes diffused through the graph. There is no limit of edges. The records have
     the other measures. The paper's setting: n 1000, n_train 400, n_nodes 1000, K 0.1 to 5.
     """
-    integer("n_train", n_train, 1)
     csbm = CSBM(n, K=K)
     generator = torch.Generator().manual_seed(trial.seed)
     graph = csbm.sample(generator)
@@ -147,7 +151,7 @@ def over_robustness(
     better="higher",
     smallest={"n": 120, "n_nodes": 100},
 )
-def usual_budgets(trial: Trial, n: int = 1000, K: float = 1.0, n_nodes: int = 1000) -> float:
+def usual_budgets(trial: Trial, n: Count = 1000, K: Positive = 1.0, n_nodes: Count = 1000) -> float:
     """Draw new nodes and count, by the Bayes classifier alone, whose class an attack changes."""
     csbm = CSBM(n, K=K)
     generator = torch.Generator().manual_seed(trial.seed)
@@ -175,7 +179,7 @@ def usual_budgets(trial: Trial, n: int = 1000, K: float = 1.0, n_nodes: int = 10
     smallest={"epochs": 5, "n_nodes": 2, "max_edges": 3},
 )
 def real_graph(
-    trial: Trial, data: Graph = "digits", epochs: int = 200, n_nodes: int = 10, max_edges: int = 50
+    trial: Trial, data: Graph = "digits", epochs: Count = 200, n_nodes: Count = 10, max_edges: Count = 50
 ) -> dict[str, float]:
     """Classify the nodes of a real graph, whose training labels the second arm diffuses.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from scipy.io import loadmat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Trial, comparison, trend
+from posterity.claims import Between, Count, Trial, comparison, trend
 from posterity.graphs import BasisNet, SignNet, eigenspaces, laplacian_eigs
 from posterity.lab.data import load_photo
 from posterity.lab.nets import seeded
@@ -122,10 +122,10 @@ def spectral_filter(
     trial: Trial,
     image: str = "china.jpg",
     filter: Filter = "band",
-    n_patches: int = 1,
-    size: int = 16,
-    steps: int = 300,
-    width: int = 32,
+    n_patches: Count = 1,
+    size: Annotated[int, Between(2)] = 16,
+    steps: Count = 300,
+    width: Count = 32,
 ) -> dict[str, float]:
     """Fit one filtered image at a time by networks over the pixels, as the paper does.
 
@@ -191,7 +191,9 @@ def spectral_filter(
     low=2.0,
     smallest={"size": 4},
 )
-def random_bases(trial: Trial, size: int = 8, width: int = 32, n_draws: int = 5) -> float:
+def random_bases(
+    trial: Trial, size: Annotated[int, Between(2)] = 8, width: Count = 32, n_draws: Count = 5
+) -> float:
     """Turn each eigenspace of a square grid at random, under random networks, untrained.
 
     The change is relative to how much the answers vary over the nodes, and batch statistics

@@ -1,10 +1,11 @@
 """Claims about T-BGRL: a cheap corruption makes embeddings generalise to nodes that come later."""
 
+from typing import Annotated
+
 import numpy as np
 import torch
 
-from posterity._checks import integer
-from posterity.claims import Trial, comparison
+from posterity.claims import Between, Count, Share, Trial, comparison
 from posterity.graphs import (
     TBGRL,
     GCNEncoder,
@@ -62,13 +63,13 @@ def communities(seed: int, n: int = 2_000, n_groups: int = 20, n_words: int = 60
 def newcomers(
     trial: Trial,
     data: Graph = "communities",
-    neg_lambda: float = 0.3,
-    hidden: int = 64,
-    width: int = 32,
-    norm_momentum: float = 0.01,
-    epochs: int = 150,
-    decoder_epochs: int = 200,
-    n_splits: int = 6,
+    neg_lambda: Annotated[float, Between(0)] = 0.3,
+    hidden: Count = 64,
+    width: Count = 32,
+    norm_momentum: Share = 0.01,
+    epochs: Annotated[int, Between(2)] = 150,
+    decoder_epochs: Count = 200,
+    n_splits: Count = 6,
 ) -> dict[str, float]:
     """Train on part of a graph, then predict links of nodes and links that were not there.
 
@@ -78,8 +79,6 @@ def newcomers(
     a trial is the mean over ``n_splits`` splits, as they differ much. The records have Hits@50 by
     how many ends of a link were observed.
     """
-    for name, value in (("epochs", epochs), ("decoder_epochs", decoder_epochs), ("n_splits", n_splits)):
-        integer(name, value, 2 if name == "epochs" else 1)
     graph = load_graph(data, seed=trial.seed)
     undirected = torch.cat([graph.edge_index, graph.edge_index.flip(0)], 1)
     x = graph.x / graph.x.sum(1, keepdim=True).clamp_min(1e-12) if bool((graph.x >= 0).all()) else graph.x

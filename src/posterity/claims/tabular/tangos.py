@@ -1,6 +1,6 @@
 """Claims about TANGOS: specialised units generalise better, alone and beside dropout."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -8,7 +8,7 @@ from numpy import ndarray
 from sklearn.metrics import log_loss
 
 from posterity._checks import integer
-from posterity.claims import Trial, comparison
+from posterity.claims import Between, Count, Positive, Trial, comparison
 from posterity.lab.data import Table, load_table, split, table_encoder
 from posterity.lab.tasks import entry
 from posterity.tabular import TangosClassifier, TangosRegressor
@@ -97,11 +97,11 @@ def generalises(
     trial: Trial,
     data: Table = "diabetes",
     target: str | None = None,
-    n_noise: int = 40,
-    max_epochs: int = 100,
-    lr: float = 1e-3,
-    n_rows: int = 1_000,
-    n_splits: int = 3,
+    n_noise: Annotated[int, Between(0)] = 40,
+    max_epochs: Count = 100,
+    lr: Positive = 1e-3,
+    n_rows: Count = 1_000,
+    n_splits: Count = 3,
 ) -> dict[str, float]:
     """Train one network with early stopping only, with weight decay and with TANGOS.
 
@@ -145,11 +145,11 @@ def adds_to_dropout(
     trial: Trial,
     data: Table = "diabetes",
     target: str | None = None,
-    n_noise: int = 40,
-    max_epochs: int = 100,
-    lr: float = 1e-3,
-    n_rows: int = 1_000,
-    n_splits: int = 5,
+    n_noise: Annotated[int, Between(0)] = 40,
+    max_epochs: Count = 100,
+    lr: Positive = 1e-3,
+    n_rows: Count = 1_000,
+    n_splits: Count = 5,
 ) -> dict[str, float]:
     """Train with dropout, its rate one of three by validation loss, and with TANGOS added to that.
 

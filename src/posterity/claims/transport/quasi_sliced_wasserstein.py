@@ -1,6 +1,7 @@
 """Claims about quasi-Monte Carlo directions: less error a projection, and better fits by gradients."""
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -8,8 +9,7 @@ from numpy import ndarray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from posterity._checks import at_least, integer
-from posterity.claims import Trial, comparison
+from posterity.claims import Between, Count, Positive, Trial, comparison
 from posterity.lab.data import load_photo
 from posterity.transport import QuasiSlicedWasserstein, sliced_wasserstein, sphere_points
 
@@ -48,10 +48,10 @@ def direction_error(
     source: str = "china.jpg",
     target: str = "flower.jpg",
     shapes: str | None = None,
-    n_points: int = 2_000,
-    n_directions: int = 100,
-    n_reference: int = 20_000,
-    n_draws: int = 30,
+    n_points: Annotated[int, Between(2)] = 2_000,
+    n_directions: Count = 100,
+    n_reference: Count = 20_000,
+    n_draws: Count = 30,
 ) -> dict[str, float]:
     """Measure SW_2 of the colours of two photographs with each set of directions.
 
@@ -60,8 +60,6 @@ def direction_error(
     directions are tracked. ``shapes`` is an .npy of shape (count, points, 3), such as the
     paper's ShapeNet clouds, of which the seed draws two.
     """
-    integer("n_points", n_points, 2)
-    integer("n_draws", n_draws, 1)
     x, y = (cloud.to(trial.device) for cloud in _clouds(source, target, shapes, n_points, trial.seed))
     parts = sphere_points(n_reference, dtype=torch.float64, device=trial.device).split(1_000)
     squares = [len(part) * sliced_wasserstein(x, y, part).square() for part in parts]
@@ -99,11 +97,11 @@ def flow(
     trial: Trial,
     target: str = "china.jpg",
     shapes: str | None = None,
-    n_points: int = 500,
-    n_directions: int = 10,
-    steps: int = 300,
-    lr: float = 0.01,
-    n_flows: int = 24,
+    n_points: Annotated[int, Between(2)] = 500,
+    n_directions: Count = 10,
+    steps: Count = 300,
+    lr: Positive = 0.01,
+    n_flows: Count = 24,
 ) -> dict[str, float]:
     """Move points of a sphere to the colours of a photograph, a fresh draw of directions each step.
 
@@ -111,9 +109,6 @@ def flow(
     times the gradient of ``n_points * SW_2``, as the official script takes it. The seed
     draws the pixels and ``n_flows`` starts. With ``shapes`` the target is one of them.
     """
-    integer("n_points", n_points, 2)
-    integer("n_flows", n_flows, 1)
-    at_least("lr", lr, 0, strict=True)
     _, end = _clouds(target, target, shapes, n_points, trial.seed)
     end = end - end.mean(0)
     end = (end / end.norm(dim=1).max()).to(trial.device).expand(n_flows, -1, -1)

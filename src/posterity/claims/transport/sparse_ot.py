@@ -1,5 +1,7 @@
 """Claims about sparsity-constrained transport: what a cap on columns costs, inside and after."""
 
+from typing import Annotated
+
 import numpy as np
 import torch
 from numpy import ndarray
@@ -8,7 +10,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from posterity._checks import integer
-from posterity.claims import Trial, comparison, trend
+from posterity.claims import Between, Count, Positive, Trial, comparison, trend
 from posterity.lab.data import load_photo
 from posterity.transport import sparse_transport
 
@@ -49,11 +51,11 @@ def capped_columns(
     trial: Trial,
     source: str = "china.jpg",
     target: str = "flower.jpg",
-    k: int = 4,
-    reg: float = 10.0,
-    n_colors: int = 64,
-    n_pixels: int = 5_000,
-    max_iter: int = 300,
+    k: Count = 4,
+    reg: Positive = 10.0,
+    n_colors: Annotated[int, Between(2)] = 64,
+    n_pixels: Count = 5_000,
+    max_iter: Count = 300,
 ) -> dict[str, float]:
     """Move the colours of one photograph to another, each colour of the target from k at most.
 
@@ -90,10 +92,10 @@ def smoother_with_k(
     trial: Trial,
     source: str = "china.jpg",
     target: str = "flower.jpg",
-    reg: float = 10.0,
-    n_colors: int = 64,
-    n_pixels: int = 5_000,
-    max_iter: int = 100,
+    reg: Positive = 10.0,
+    n_colors: Annotated[int, Between(2)] = 64,
+    n_pixels: Count = 5_000,
+    max_iter: Count = 100,
 ) -> float:
     """Solve one colour transfer for k from 1 to 64, with the same iterations for each.
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from posterity.claims import Trial, bound, comparison
+from posterity.claims import Count, Trial, bound, comparison
 from posterity.lab import nets
 from posterity.lab.data import FunctionData, Functions, Tasks, load_functions
 from posterity.lab.training import fit_functions, per_target
@@ -42,7 +42,11 @@ def _tests(trial: Trial, source: FunctionData, n_tasks: int) -> dict[int, Tasks]
     smallest={"steps": 20, "n_tasks": 4},
 )
 def joint_predictions(
-    trial: Trial, data: Functions = "gp", steps: int = 1000, n_tasks: int = 128, points_per_unit: int = 16
+    trial: Trial,
+    data: Functions = "gp",
+    steps: Count = 1000,
+    n_tasks: Count = 128,
+    points_per_unit: Count = 16,
 ) -> dict[str, float]:
     """Train one model and evaluate it twice; the exact Gaussian process is the ceiling.
 
@@ -76,7 +80,7 @@ def joint_predictions(
     smallest={"steps": 20, "n_tasks": 8},
 )
 def never_above_the_truth(
-    trial: Trial, steps: int = 500, n_tasks: int = 128, points_per_unit: int = 16
+    trial: Trial, steps: Count = 500, n_tasks: Count = 128, points_per_unit: Count = 16
 ) -> float:
     """Predict in random, left-to-right and given order; the gain is a mean over tasks.
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import integer
-from posterity.claims import Trial, comparison
+from posterity.claims import Between, Count, Trial, comparison
 from posterity.lab.data import Images, load_images, split
 from posterity.lab.nets import cnn, mlp, weights
 from posterity.lab.tasks import entry, image_epochs
@@ -135,7 +135,9 @@ def _geometry(net: nn.Module, parts: dict[str, Tensor]) -> dict[str, float]:
     better="higher",
     smallest={"epochs": 1},
 )
-def dispersion(trial: Trial, data: Images = "digits", n_known: int = 6, epochs: int = 60) -> dict[str, float]:
+def dispersion(
+    trial: Trial, data: Images = "digits", n_known: Annotated[int, Between(2)] = 6, epochs: Count = 60
+) -> dict[str, float]:
     """Train the same network with three losses on some of the classes and measure the angles.
 
     The seed draws the classes; the others are inputs of no known class, whose distance is
@@ -163,7 +165,11 @@ def dispersion(trial: Trial, data: Images = "digits", n_known: int = 6, epochs: 
     smallest={"epochs": 1},
 )
 def detection(
-    trial: Trial, data: Images = "digits", n_known: int = 6, epochs: int = 60, k: int = 10
+    trial: Trial,
+    data: Images = "digits",
+    n_known: Annotated[int, Between(2)] = 6,
+    epochs: Count = 60,
+    k: Count = 10,
 ) -> dict[str, float]:
     """Score test images of known and of unknown classes by the k-th nearest training feature.
 

@@ -1,7 +1,7 @@
 """Claims about ESD: trained with it a network is better calibrated, and it has no bias."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from posterity.claims import Trial, bound, comparison
+from posterity.claims import Between, Count, Share, Trial, bound, comparison
 from posterity.lab import metrics, nets, training
 from posterity.lab.data import Images, load_images, split
 from posterity.lab.tasks import entry, image_epochs
@@ -68,10 +68,10 @@ def _train(
 def calibration(
     trial: Trial,
     data: Images = "digits",
-    n_train: int = 900,
-    noise: float = 0.375,
-    epochs: int = 100,
-    weight: float = 4.0,
+    n_train: Count = 900,
+    noise: Share = 0.375,
+    epochs: Count = 100,
+    weight: Annotated[float, Between(0)] = 4.0,
     rivals: bool = False,
 ) -> dict[str, float]:
     """Train one network by the likelihood, and once more with ESD on a tenth held out of it.
@@ -133,7 +133,7 @@ def calibrated(train: Any, seed: int) -> Any:
     limit=4.0,
     smallest={"n": 8_000},
 )
-def unbiased(trial: Trial, n: int = 200_000) -> float:
+def unbiased(trial: Trial, n: Annotated[int, Between(1024)] = 200_000) -> float:
     """Draw confidences that are 0.1 too high and estimate in batches of 4, 16, 64 and 256.
 
     The record has the means, and those of the squared MMCE, which fall with the batch.

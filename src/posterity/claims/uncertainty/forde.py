@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posterity._checks import one_of
-from posterity.claims import Trial, comparison
+from posterity.claims import Between, Count, Trial, comparison
 from posterity.lab import metrics, nets, training
 from posterity.lab.data import Images, load_images, split
 from posterity.uncertainty import FoRDELoss, RepulsiveEnsemble, fit_input_components
@@ -65,14 +66,14 @@ def _nll(probabilities: Tensor, y: Tensor) -> Tensor:
 def corruption(
     trial: Trial,
     data: Images = "digits",
-    n_train: int = 700,
-    n_members: int = 5,
-    width: int = 64,
-    epochs: int = 40,
-    batch_size: int = 100,
-    repulsion: float = 1.0,
+    n_train: Count = 700,
+    n_members: Annotated[int, Between(2)] = 5,
+    width: Count = 64,
+    epochs: Count = 40,
+    batch_size: Count = 100,
+    repulsion: Annotated[float, Between(0)] = 1.0,
     pca: bool = True,
-    network: str = "mlp",
+    network: Literal["mlp", "cnn"] = "mlp",
     corrupted: str | None = None,
 ) -> dict[str, float]:
     """Train one ensemble twice, without and with repulsion, and show both corrupted digits.

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from posterity._checks import integer, needs
-from posterity.claims import Trial, comparison
+from posterity.claims import Between, Count, Trial, comparison
 from posterity.lab.data import Series, SeriesData, dataset, load_series
 from posterity.uncertainty import GMOGPRegressor
 
@@ -157,10 +157,10 @@ def _gpytorch(
 def sharing(
     trial: Trial,
     data: Series = "two-scales",
-    n_inputs: int = 0,
-    window: int = 300,
-    steps: int = 150,
-    n_draws: int = 3,
+    n_inputs: Annotated[int, Between(0)] = 0,
+    window: Annotated[int, Between(8)] = 300,
+    steps: Count = 150,
+    n_draws: Count = 3,
 ) -> dict[str, float]:
     """Fit half of a window's rows in four ways and predict the other half; a trial is a mean over three windows.
 

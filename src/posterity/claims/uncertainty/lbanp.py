@@ -1,17 +1,16 @@
 """Claims about LBANP: a few latents suffice, and queries cost the same whatever the context."""
 
-import time
-from collections.abc import Callable
+from typing import Annotated
 
-import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from posterity.claims import Trial, comparison, trend
+from posterity.claims import Between, Count, Positive, Trial, comparison, trend
 from posterity.lab import nets
 from posterity.lab.data import Functions, load_functions
+from posterity.lab.timing import relative_growth
 from posterity.lab.training import fit_functions, per_target
 from posterity.uncertainty import LBANP
 
@@ -112,10 +111,10 @@ def _score(model: nn.Module, trial: Trial, data: str, steps: int, lr: float) -> 
 def bottleneck_suffices(
     trial: Trial,
     data: Functions = "gp-smooth",
-    steps: int = 1500,
-    lr: float = 1e-3,
-    n_layers: int = 2,
-    n_latents: int = 8,
+    steps: Count = 1500,
+    lr: Positive = 1e-3,
+    n_layers: Count = 2,
+    n_latents: Count = 8,
     rivals: bool = False,
 ) -> dict[str, float]:
     """Train both on the same tasks, for the same steps, and predict unseen functions.
@@ -147,7 +146,7 @@ def bottleneck_suffices(
     smallest={"steps": 10},
 )
 def more_latents(
-    trial: Trial, data: Functions = "gp-smooth", steps: int = 600, lr: float = 1e-3, n_layers: int = 1
+    trial: Trial, data: Functions = "gp-smooth", steps: Count = 600, lr: Positive = 1e-3, n_layers: Count = 1
 ) -> float:
     """Train models with 1, 2, 4, 8 and 16 latents on the same tasks."""
     source = load_functions(data, seed=trial.seed)
@@ -165,41 +164,28 @@ def more_latents(
     paper="lbanp",
     says="The cost of a query does not depend on the size of the context.",
     where="Feng et al., Section 3",
-    metric="exponent of decoding time in the number of context points",
+    metric="exponent, in context points, of decoding time over that of matrix products of fixed size",
     high=0.1,
     smallest={"largest": 400, "queries": 50},
     timed=True,
 )
-def flat_queries(trial: Trial, largest: int = 6400, queries: int = 2000) -> float:
-    """Time 2,000 queries after 100 to 6,400 context points; the record has a layer of TNP-D, 200 queries.
-
-    Sizes take turns, and the best of nine counts, so that a busy machine slows all alike.
-    """
+def flat_queries(
+    trial: Trial, largest: Annotated[int, Between(200)] = 6400, queries: Count = 2000, repeats: Count = 9
+) -> float:
+    """Time 2,000 queries after 100 to 6,400 context points; the record has a layer of TNP-D, 200 queries."""
     sizes = [n for n in (100, 200, 400, 800, 1600, 3200, 6400) if n <= largest]
     generator = torch.Generator().manual_seed(trial.seed)
     model = nets.weights(LBANP, 1, 1, seed=trial.seed).eval()
     rival = nets.weights(TNPD, 1, 1, n_layers=1, seed=trial.seed).eval()
     x_new = torch.randn(1, queries, 1, generator=generator)
     contexts = [torch.randn(2, 1, n, 1, generator=generator) for n in sizes]
+    fixed = torch.randn(512, 512, generator=generator)
+    yardsticks = [lambda: fixed @ fixed] * len(sizes)
     with torch.no_grad():
         encodings = [model.encode(*pair) for pair in contexts]
-        ours = _best_of(9, [lambda e=e: model.decode(e, x_new) for e in encodings])
-        theirs = _best_of(2, [lambda pair=pair: rival(*pair, x_new[:, :200]) for pair in contexts])
-    exponents = []
-    for name, seconds in (("LBANP", ours), ("TNP-D", theirs)):
-        for n, best in zip(sizes, seconds, strict=True):
-            trial.track(f"seconds of queries, {name}", n, best)
-        exponents.append(float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0]))
-    trial.record("exponent of TNP-D", exponents[1])
-    return exponents[0]
-
-
-def _best_of(rounds: int, works: list[Callable[[], object]]) -> list[float]:
-    """Return the least seconds of each work, taken in turns."""
-    best = [float("inf")] * len(works)
-    for _ in range(rounds):
-        for k, work in enumerate(works):
-            start = time.perf_counter()
-            work()
-            best[k] = min(best[k], time.perf_counter() - start)
-    return best
+        ours = [lambda e=e: model.decode(e, x_new) for e in encodings]
+        theirs = [lambda pair=pair: rival(*pair, x_new[:, :200]) for pair in contexts]
+        exponent = relative_growth(trial, sizes, ours, yardsticks, rounds=repeats, name="LBANP")
+        rivals = relative_growth(Trial(trial.seed), sizes, theirs, yardsticks, rounds=2, name="TNP-D")
+    trial.record("exponent of TNP-D", rivals)
+    return exponent

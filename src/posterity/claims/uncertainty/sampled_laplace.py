@@ -2,13 +2,14 @@
 
 import copy
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional as F
 
-from posterity.claims import Trial, bound, comparison
+from posterity.claims import Between, Count, Trial, bound, comparison
 from posterity.lab import nets, training
 from posterity.lab.data import Images, load_images, split
 from posterity.uncertainty import SampledLaplace
@@ -94,8 +95,8 @@ def _mode(jac: Tensor, y: Tensor, lam: float, start: Tensor) -> Tensor:
     smallest={"width": 4, "n_train": 60, "steps": 30},
 )
 def exact_algebra(
-    trial: Trial, data: Images = "digits", net: str = "mlp", width: int = 32, n_train: int = 500, steps: int = 300,
-    n_samples: int = 16, n_em_steps: int = 6,
+    trial: Trial, data: Images = "digits", net: str = "mlp", width: Count = 32, n_train: Count = 500, steps: Count = 300,
+    n_samples: Count = 16, n_em_steps: Count = 6,
 ) -> float:  # fmt: skip
     """Run EM by draws and by the whole matrix, in float64, on the same trained network.
 
@@ -134,8 +135,8 @@ def _rotated(x: Tensor, degrees: float) -> Tensor:
     smallest={"width": 8, "n_train": 100, "steps": 30},
 )
 def away_from_the_data(
-    trial: Trial, data: Images = "digits", net: str = "mlp", width: int = 32, n_train: int = 500, steps: int = 300,
-    degrees: float = 45.0, n_samples: int = 16, n_em_steps: int = 6,
+    trial: Trial, data: Images = "digits", net: str = "mlp", width: Count = 32, n_train: Count = 500, steps: Count = 300,
+    degrees: Annotated[float, Between(-360, 360)] = 45.0, n_samples: Count = 16, n_em_steps: Count = 6,
 ) -> dict[str, float]:  # fmt: skip
     """Predict test images turned by 45 degrees with a trained network, bare and with error bars.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from posterity.claims import Trial, comparison
+from posterity.claims import Count, Trial, comparison
 from posterity.lab import nets
 from posterity.lab.data import Functions, load_functions
 from posterity.lab.training import fit_functions, per_target
@@ -77,10 +77,10 @@ OBJECTIVES = {"NP (ELBO)": _elbo, "ML-NP": _maximum_likelihood, "SI-NP": _em}
 def better_likelihood(
     trial: Trial,
     data: Functions = "gp-paper",
-    steps: int = 1500,
-    width: int = 64,
-    dim_latent: int = 32,
-    n_particles: int = 8,
+    steps: Count = 1500,
+    width: Count = 64,
+    dim_latent: Count = 32,
+    n_particles: Count = 8,
     rivals: bool = False,
 ) -> dict[str, float]:
     """Train the same networks on the same tasks by each objective and predict unseen functions.
