@@ -10,7 +10,7 @@ from torch_geometric.nn import GCNConv
 
 from benchmarks.timing import race
 from posterity.graphs import TBGRL, GCNEncoder, augment_graph, corrupt_graph, tbgrl_loss
-from posterity.graphs.t_bgrl import _augment, _corrupt, _SparseFeatures
+from posterity.graphs.graph_views import _augment, _corrupt, _SparseFeatures
 
 NODES, LINKS, WORDS = 2708, 5278, 1433  # Cora
 

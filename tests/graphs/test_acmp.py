@@ -10,7 +10,7 @@ from scipy.integrate import solve_ivp
 from posterity.graphs import (
     ACMP,
     ACMPConv,
-    acmp,
+    consensus,
     consensus_growth_rate,
     dirichlet_energy,
     trapping_radius,
@@ -123,12 +123,12 @@ def test_gcn_coefficients_are_pygs(graph):
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_without_well_and_threshold_the_state_is_a_matrix_exponential(graph, attention):
     x, edges, weight = graph
-    conv = make(attention=attention, reaction=False, time=2.0, step_size=0.01)
+    conv = make(attention=attention, reaction=False, time=1.0, step_size=0.01)
     L = torch.zeros(7, 7, dtype=x.dtype)
     for (s, r), value in coefficients(conv, x, edges, weight).items():
         L[r, s] -= value
         L[r, r] += value
-    flow = [torch.matrix_exp(-rate * 2.0 * L) @ x[:, c] for c, rate in enumerate(conv.alpha_raw.sigmoid())]
+    flow = [torch.matrix_exp(-rate * L) @ x[:, c] for c, rate in enumerate(conv.alpha_raw.sigmoid())]
     torch.testing.assert_close(conv(x, edges, weight), torch.stack(flow, 1), rtol=0, atol=1e-6)
 
 
@@ -144,13 +144,13 @@ def test_without_edges_each_coordinate_follows_the_scalar_flow(options):
 @pytest.mark.parametrize("interaction", ["difference", "operator"])
 def test_the_state_is_that_of_scipys_integrator(graph, interaction):
     x, edges, weight = graph
-    conv = make(beta=0.4, interaction=interaction, source=True, time=2.0, step_size=0.02)
+    conv = make(beta=0.4, interaction=interaction, source=True, time=1.0, step_size=0.02)
 
     def slope(t, state):
         with torch.no_grad():
             return velocity(conv, torch.from_numpy(state).reshape(7, 4), edges, weight, x).numpy().ravel()
 
-    exact = solve_ivp(slope, (0, 2), x.numpy().ravel(), rtol=1e-9, atol=1e-9).y[:, -1].reshape(7, 4)
+    exact = solve_ivp(slope, (0, 1), x.numpy().ravel(), rtol=1e-9, atol=1e-9).y[:, -1].reshape(7, 4)
     torch.testing.assert_close(conv(x, edges, weight), torch.from_numpy(exact), rtol=0, atol=1e-6)
 
 
@@ -172,9 +172,9 @@ def test_attention_is_computed_at_the_start_and_held_fixed(graph):
 def test_equal_steps_have_their_order(graph, method, order):
     x, edges, _ = graph
     with torch.no_grad():
-        exact = make(beta=0.3, time=1.0, step_size=0.0025)(x, edges)
+        exact = make(beta=0.3, time=0.5, step_size=0.0025)(x, edges)
         errors = [
-            (make(beta=0.3, time=1.0, step_size=h, method=method)(x, edges) - exact).abs().max()
+            (make(beta=0.3, time=0.5, step_size=h, method=method)(x, edges) - exact).abs().max()
             for h in (0.02, 0.01)  # small against the well's rate 3 delta x^2, which is about 10
         ]
     assert abs(float((errors[0] / errors[1]).log2()) - order) < 0.3
@@ -186,7 +186,7 @@ def test_the_adjoint_gives_the_gradients_of_the_steps(graph, attention):
     grads = []
     for options in ({"adjoint": True}, {"adjoint": False}):
         tight = {"method": "dopri5", "rtol": 1e-8, "atol": 1e-8}
-        conv = make(attention=attention, beta=0.2, source=True, time=1.5, **tight, **options)
+        conv = make(attention=attention, beta=0.2, source=True, time=0.8, **tight, **options)
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_(), *conv.parameters()]
         loss = conv(leaves[0], edges, leaves[1]).square().sum()
         forward = conv.num_evals
@@ -206,7 +206,7 @@ def test_the_state_stays_within_its_bound_and_ends_within_the_radius(interaction
     radius = trapping_radius(conv, x, KARATE)
     bound = torch.maximum(radius, x.abs().amax(0))
     with torch.no_grad():
-        for _ in range(40):
+        for _ in range(14):
             if source:  # the source is that of time 0, so each span starts from there
                 conv.time += 0.5
                 if conv.time > 3:
@@ -236,7 +236,7 @@ def test_the_radius_is_its_formula_by_loops(graph, attention, interaction):
 
 def test_two_nodes_that_repel_rest_at_the_radius():
     edges = torch.tensor([[0, 1], [1, 0]])
-    conv = ACMPConv(1, beta=0.9, delta_init=0.3, time=60.0, method="rk4").double()
+    conv = ACMPConv(1, beta=0.9, delta_init=0.3, time=60.0, method="rk4", step_size=0.25).double()
     x = torch.tensor([[0.2], [-0.1]], dtype=torch.float64)
     radius = trapping_radius(conv, x, edges)
     assert radius.item() == pytest.approx(math.sqrt(1 + 2 * 0.5 / 0.3 * 0.4))
@@ -274,7 +274,7 @@ def test_the_growth_rate_is_the_slope_of_a_small_perturbations_energy(attention,
 def test_a_negative_rate_pulls_to_consensus_and_a_positive_one_does_not():
     x = 1 + 1e-3 * normal(34, 4)
     for beta in (0.1, 0.2):
-        conv = ACMPConv(4, beta=beta, delta_init=0.05, time=40.0, method="rk4").double()
+        conv = ACMPConv(4, beta=beta, delta_init=0.05, time=40.0, method="rk4", step_size=0.2).double()
         rate = float(consensus_growth_rate(conv, x, KARATE)[0].detach())
         grown = dirichlet_energy(conv(x, KARATE), KARATE) > dirichlet_energy(x, KARATE)
         assert (rate > 0) == bool(grown) == (beta == 0.2)
@@ -294,8 +294,8 @@ def test_without_a_well_the_rate_is_that_of_diffusion():
 def test_large_graphs_give_the_rate_of_all_eigenvalues(monkeypatch, attention, beta):
     conv, x = make(attention=attention, beta=beta), normal(34, 4)
     dense = consensus_growth_rate(conv, x, KARATE)
-    monkeypatch.setattr(acmp, "DENSE", 10)
-    monkeypatch.setattr(acmp, "KRYLOV", 20)
+    monkeypatch.setattr(consensus, "DENSE", 10)
+    monkeypatch.setattr(consensus, "KRYLOV", 20)
     torch.testing.assert_close(consensus_growth_rate(conv, x, KARATE), dense, rtol=1e-6, atol=1e-8)
 
 

@@ -21,7 +21,7 @@ from posterity.graphs import (
     inductive_link_split,
     tbgrl_loss,
 )
-from posterity.graphs.t_bgrl import CORRUPTIONS, _augment, _corrupt, _SparseFeatures
+from posterity.graphs.graph_views import CORRUPTIONS, _augment, _corrupt, _SparseFeatures
 from posterity.testing import check_graph_network, check_layer, check_loss
 
 
@@ -322,7 +322,7 @@ def test_the_same_generator_gives_the_same_split(whole):
 
 
 def test_negatives_of_a_nearly_full_graph_are_found_uniformly():
-    from posterity.graphs.t_bgrl import _non_links
+    from posterity.graphs.link_prediction import _non_links
 
     links = torch.combinations(torch.arange(6)).T[:, :-4]
     counts = torch.zeros(6, 6)

@@ -11,14 +11,21 @@ gamma > 0 buys back the stability that forward Euler costs.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from posterity._checks import at_least, has_shape, integer, one_of
-from posterity.graphs._graph import adjacency, check_graph
+from posterity.graphs._graph import check_graph
+from posterity.graphs._sparse import (
+    Adjacency,
+    add_self_loops,
+    edge_pattern,
+    normalised,
+    sparse_product,
+)
 
 __all__ = ["ADGN", "AntiSymmetricConv", "euler_step_limit", "local_jacobian_eigenvalues"]
 
@@ -129,7 +136,7 @@ class AntiSymmetricConv(nn.Module):
             nn.init.xavier_uniform_(self.V)
         else:
             nn.init.uniform_(self.V, -bound, bound)
-        self._aggregation: _Aggregation | None = None
+        self._aggregation: Adjacency | None = None
 
     def forward(
         self,
@@ -142,23 +149,30 @@ class AntiSymmetricConv(nn.Module):
         return self._steps(x, edge_index, edge_weight, self._aggregate(x, edge_index, edge_weight))
 
     def _steps(
-        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, aggregation: "_Aggregation | None"
+        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, aggregation: Adjacency | None
     ) -> Tensor:
         field, act = self._field(x, edge_index, edge_weight, aggregation), _activation(self.act)
         for _ in range(self.num_iters):
             x = torch.add(x, act(field(x)), alpha=self.epsilon)
         return x
 
-    def _aggregate(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> "_Aggregation | None":
+    def _aggregate(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> Adjacency | None:
         if isinstance(self.phi, nn.Module) or self._aggregation is not None:
             return self._aggregation
-        aggregation = _aggregation(x, edge_index, edge_weight, normalise=self.phi == "gcn")
+        n, (sender, receiver) = len(x), edge_index
+        weight = x.new_ones(len(sender)) if edge_weight is None else edge_weight.to(x.dtype)
+        if self.phi == "gcn":
+            sender, receiver, weight, _ = add_self_loops(sender, receiver, weight, n)
+            weight = normalised(sender, receiver, weight, n)
         if self.cached:
-            self._aggregation = aggregation = aggregation._replace(weight=aggregation.weight.detach())
+            weight = weight.detach()
+        aggregation = Adjacency(edge_pattern(sender, receiver, n), weight)
+        if self.cached:
+            self._aggregation = aggregation
         return aggregation
 
     def _field(
-        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, aggregation: "_Aggregation | None"
+        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, aggregation: Adjacency | None
     ) -> Callable[[Tensor], Tensor]:
         """Return what maps a state to what ``act`` is applied to; the weights are put together once."""
         own = (self.W - self.W.T - self.gamma * torch.eye(len(self.W), dtype=x.dtype, device=x.device)).T
@@ -167,7 +181,7 @@ class AntiSymmetricConv(nn.Module):
         def field(x: Tensor) -> Tensor:
             z = x @ own if self.bias is None else torch.addmm(self.bias, x, own)
             if aggregation is not None:
-                return torch.addmm(z, _SparseProduct.apply(x, aggregation.weight, aggregation), self.V.T)
+                return torch.addmm(z, sparse_product(aggregation, x), self.V.T)
             near = self.phi(x, *given)  # type: ignore[operator]
             return z + has_shape("phi(x, edge_index)", near, x.shape, "x")
 
@@ -400,57 +414,6 @@ def euler_step_limit(
     if conv.gamma == 0:  # real parts are rounding
         return 0.0
     return max(0.0, float((-2 * eigenvalues.real / eigenvalues.abs().square()).min()))
-
-
-class _Aggregation(NamedTuple):
-    """A weighted adjacency: as a list of edges, and as CSR by receiver and by sender."""
-
-    weight: Tensor  # (edges,), in the order of the list
-    sender: Tensor
-    receiver: Tensor
-    matrix: Tensor  # (nodes, nodes), no gradient
-    transposed: Tensor
-
-
-def _aggregation(
-    x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, *, normalise: bool
-) -> _Aggregation:
-    n = len(x)
-    weight = x.new_ones(edge_index.shape[1]) if edge_weight is None else edge_weight.to(x.dtype)
-    sender, receiver = edge_index
-    if normalise:
-        missing = torch.ones(n, dtype=torch.bool, device=x.device)
-        missing[sender[sender == receiver]] = False
-        loops = missing.nonzero()[:, 0]
-        sender, receiver = torch.cat([sender, loops]), torch.cat([receiver, loops])
-        weight = torch.cat([weight, weight.new_ones(len(loops))])
-        degree = weight.new_zeros(n).index_add(0, receiver, weight)
-        positive = degree > 0
-        scale = torch.where(positive, torch.where(positive, degree, 1.0).rsqrt(), 0.0)
-        weight = scale[sender] * weight * scale[receiver]
-    matrices = adjacency(sender, receiver, weight, n), adjacency(receiver, sender, weight, n)
-    return _Aggregation(weight, sender, receiver, *matrices)
-
-
-class _SparseProduct(torch.autograd.Function):
-    """Sum over edges of weight times the sender's row, by CSR; its gradient by the transposed CSR."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, graph: _Aggregation) -> Tensor:
-        ctx.graph = graph
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        return graph.matrix @ x if len(graph.sender) else torch.zeros_like(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        graph, (x,) = ctx.graph, ctx.saved_tensors
-        to_x, to_weight = None, None
-        if ctx.needs_input_grad[0]:
-            to_x = graph.transposed @ gradient if len(graph.sender) else torch.zeros_like(gradient)
-        if ctx.needs_input_grad[1]:
-            to_weight = (gradient[graph.receiver] * x[graph.sender]).sum(1)
-        return to_x, to_weight, None
 
 
 def _activation(act: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:

@@ -15,21 +15,23 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import LinearOperator, eigs
 from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, has_shape, integer, needs, one_of, within
-from posterity.graphs._graph import check_graph, csr, csr_order
+from posterity.graphs._graph import check_graph
+from posterity.graphs._sparse import (
+    Adjacency,
+    EdgePattern,
+    add_self_loops,
+    edge_pattern,
+    normalised,
+    row_dots,
+    times,
+)
 
-__all__ = ["ACMP", "ACMPConv", "consensus_growth_rate", "dirichlet_energy", "trapping_radius"]
-
-DENSE = 3_000  # nodes up to which all eigenvalues are computed
-KRYLOV = 40  # vectors that the iteration keeps beyond
+__all__ = ["ACMP", "ACMPConv"]
 
 
 class ACMPConv(nn.Module):
@@ -283,29 +285,20 @@ class ACMPConv(nn.Module):
         drive = self.source_weight * source_state if self.source else None
 
         def field(state: Tensor) -> Tensor:
-            rate = _Velocity.apply(state, operator.values, alpha, delta, operator, self.barrier)
+            rate = _Velocity.apply(state, operator.weight, alpha, delta, operator, self.barrier)
             return rate if drive is None else rate + drive
 
-        return field, tuple(part for part in (operator.values, alpha, delta, drive) if part is not None)
+        return field, tuple(part for part in (operator.weight, alpha, delta, drive) if part is not None)
 
-    def _operator(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> "_Operator":
+    def _operator(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> Adjacency:
         graph, forces = self._forces(x, edge_index, edge_weight)
         n, n_edges = len(x), len(forces) - len(x)
         if self.interaction == "difference":  # a self-loop's difference is 0; the diagonal is -row sum
             off = torch.where(graph.loop, 0.0, forces)[:n_edges]
-            own = -off.new_zeros(n).index_add(0, graph.receiver[:n_edges], off)
+            own = -off.new_zeros(n).index_add(0, graph.pattern.receiver[:n_edges], off)
         else:
             off, own = forces[:n_edges], forces[n_edges:] - 1
-        values = torch.cat([off, own])
-        flat = values.detach()
-        return _Operator(
-            graph,
-            values,
-            *(
-                csr(pointers, columns, flat[order])
-                for pointers, columns, order in (graph.rows, graph.columns)
-            ),
-        )
+        return Adjacency(graph.pattern, torch.cat([off, own]))
 
     def _forces(
         self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None
@@ -320,17 +313,18 @@ class ACMPConv(nn.Module):
         return graph, torch.where(graph.present, a - self.beta, 0.0)
 
     def _attend(self, x: Tensor, graph: "_Graph") -> Tensor:
+        sender, receiver = graph.pattern[:2]
         q = self.query(x).unflatten(1, (self.heads, -1))
         k = self.key(x).unflatten(1, (self.heads, -1))
-        logits = (q[graph.receiver] * k[graph.sender]).sum(2) / math.sqrt(q.shape[2])  # (entries, heads)
+        logits = (q[receiver] * k[sender]).sum(2) / math.sqrt(q.shape[2])  # (entries, heads)
         logits = logits.masked_fill(~graph.present[:, None], -math.inf)
-        rows = graph.receiver[:, None].expand_as(logits)
+        rows = receiver[:, None].expand_as(logits)
         top = logits.new_full((len(x), self.heads), -math.inf).scatter_reduce(
             0, rows, logits.detach(), "amax"
         )
-        share = (logits - top[graph.receiver]).exp()
-        total = share.new_zeros(len(x), self.heads).index_add(0, graph.receiver, share)
-        return (share / total[graph.receiver]).mean(1)
+        share = (logits - top[receiver]).exp()
+        total = share.new_zeros(len(x), self.heads).index_add(0, receiver, share)
+        return (share / total[receiver]).mean(1)
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows of the layer."""
@@ -413,225 +407,22 @@ class ACMP(nn.Module):
         return self.decoder(self.dropout(state.relu()))
 
 
-def dirichlet_energy(
-    x: Float[Tensor, "nodes channels"],
-    edge_index: Int[Tensor, "2 edges"],
-    edge_weight: Float[Tensor, " edges"] | None = None,
-) -> Float[Tensor, ""]:
-    """Return (1/N) times the sum over listed edges of w ||x_i - x_j||^2: 0 once nodes are alike.
-
-    Parameters
-    ----------
-    x : Tensor of shape (nodes, channels)
-        States.
-    edge_index : Tensor of shape (2, edges)
-        Edges; one that is listed both ways counts twice.
-    edge_weight : Tensor of shape (edges,), optional
-        Their weights.
-
-    Returns
-    -------
-    Tensor
-        A scalar.
-
-    Raises
-    ------
-    ValueError
-        If the arguments do not fit.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from posterity.graphs import dirichlet_energy
-    >>> dirichlet_energy(torch.tensor([[0.0], [3.0]]), torch.tensor([[0, 1], [1, 0]]))
-    tensor(9.)
-    """
-    check_graph(x, edge_index, edge_weight)
-    gap = (x[edge_index[0]] - x[edge_index[1]]).square().sum(1)
-    return (gap if edge_weight is None else gap * edge_weight.to(gap)).sum() / max(len(x), 1)
-
-
-def trapping_radius(
-    conv: ACMPConv,
-    x: Float[Tensor, "nodes channels"],
-    edge_index: Int[Tensor, "2 edges"],
-    edge_weight: Float[Tensor, " edges"] | None = None,
-) -> Float[Tensor, " channels"]:
-    """Return R for each channel: the state never leaves max(R, max |x|) and ends within R.
-
-    Where |x_i| is largest, attraction pulls inward and repulsion pushes outward at most at
-    the rate alpha k |x_i|, k = max_i 2 sum_{j != i} (beta - a_ij)_+, so that the well wins
-    beyond R = sqrt(b + (alpha k)_+ / delta). For "operator", k is the largest
-    sum_{j != i} |a_ij - beta| + a_ii - beta - 1. With a source, alpha k gains
-    |source_weight|, and R bounds the way only: the end may lie anywhere within
-    max(R, max |x|).
-
-    Parameters
-    ----------
-    conv : ACMPConv
-        The layer.
-    x : Tensor of shape (nodes, channels)
-        The state at time 0.
-    edge_index : Tensor of shape (2, edges)
-        Edges.
-    edge_weight : Tensor of shape (edges,), optional
-        Their weights.
-
-    Returns
-    -------
-    Tensor
-        Shape (channels,); infinity without a well.
-
-    Raises
-    ------
-    ValueError
-        If the graph does not fit.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from posterity.graphs import ACMPConv, trapping_radius
-    >>> x, edge_index = torch.ones(2, 1), torch.tensor([[0, 1], [1, 0]])
-    >>> trapping_radius(ACMPConv(1, beta=0.6, delta_init=0.5), x, edge_index)  # sqrt(1 + 2 * 0.1)
-    tensor([1.0954])
-    """
-    check_graph(x, edge_index, edge_weight, conv.channels)
-    with torch.no_grad():
-        if not conv.reaction:
-            return x.new_full((conv.channels,), math.inf)
-        graph, forces = conv._forces(x, edge_index, edge_weight)
-        if conv.interaction == "difference":
-            push = torch.where(graph.loop, 0.0, 2 * (-forces).relu())
-        else:
-            push = torch.where(graph.loop, forces, forces.abs())
-        k = x.new_zeros(len(x)).index_add(0, graph.receiver, push).amax()
-        outward = conv.alpha_raw.sigmoid() * (k if conv.interaction == "difference" else k - 1)
-        if conv.source:
-            outward = outward + conv.source_weight.abs()
-        return (conv.barrier + outward.relu() / conv.delta_raw.sigmoid()).sqrt()
-
-
-def consensus_growth_rate(
-    conv: ACMPConv,
-    x: Float[Tensor, "nodes channels"],
-    edge_index: Int[Tensor, "2 edges"],
-    edge_weight: Float[Tensor, " edges"] | None = None,
-) -> Float[Tensor, " channels"]:
-    """Return the rate at which a small difference between nodes grows around consensus.
-
-    Around x = +-sqrt(b), perturbations orthogonal to constants follow -alpha L - 2 delta b,
-    L = diag(row sums) - (a - beta). The rate is -alpha m - 2 delta b, m the smallest real
-    part of the eigenvalues of L on that complement. Positive: nodes do not become alike from
-    generic data. Negative: nearly alike nodes become alike. (Without a well, -alpha m.)
-
-    Parameters
-    ----------
-    conv : ACMPConv
-        A layer with ``interaction="difference"`` and no source.
-    x : Tensor of shape (nodes, channels)
-        The state from which "transformer" computes coefficients; at least two nodes.
-    edge_index : Tensor of shape (2, edges)
-        Edges of a connected graph.
-    edge_weight : Tensor of shape (edges,), optional
-        Their weights.
-
-    Returns
-    -------
-    Tensor
-        Shape (channels,). Up to 3,000 nodes from all eigenvalues, else by Arnoldi iteration.
-
-    Raises
-    ------
-    ValueError
-        If the layer or the graph is of another kind, or they do not fit.
-
-    Examples
-    --------
-    Two nodes with a = 1/2 repel at beta 0.6: L has the eigenvalue 2 (0.5 - 0.6).
-
-    >>> import torch
-    >>> from posterity.graphs import ACMPConv, consensus_growth_rate
-    >>> conv = ACMPConv(1, beta=0.6, alpha_init=0.5, delta_init=0.01)
-    >>> consensus_growth_rate(conv, torch.ones(2, 1), torch.tensor([[0, 1], [1, 0]]))
-    tensor([0.0800])
-    """
-    if conv.interaction != "difference" or conv.source:
-        raise ValueError(
-            'conv must have interaction "difference" and no source, '
-            f"got {conv.interaction!r} and source={conv.source}"
-        )
-    check_graph(x, edge_index, edge_weight, conv.channels)
-    n = len(x)
-    with torch.no_grad():
-        operator = conv._operator(x, edge_index, edge_weight)
-        graph = operator.graph
-        entries = operator.values.double().cpu().numpy()
-        where = graph.receiver.cpu().numpy(), graph.sender.cpu().numpy()
-        parts, _ = connected_components(sparse.coo_array((np.ones(len(entries)), where), (n, n)), False)
-        if n < 2 or parts > 1:
-            raise ValueError(f"edge_index must connect all nodes, at least 2, got {n} in {parts} parts")
-        m = _smallest(sparse.coo_array((-entries, where), (n, n)).tocsr(), n)
-        rate = -conv.alpha_raw.sigmoid() * m
-        return rate - 2 * conv.delta_raw.sigmoid() * conv.barrier if conv.reaction else rate
-
-
-def _smallest(L: sparse.csr_array, n: int) -> float:
-    """Return the smallest real part of the eigenvalues of L but for that of the constants, 0."""
-    far = 1 + abs(L).sum(1).max()  # beyond the spectrum; L + far 11^T / n moves only the constants there
-    if n <= DENSE:
-        dense = L.toarray() + far / n
-        if np.allclose(dense, dense.T, rtol=0, atol=1e-12 * far):
-            return float(np.linalg.eigvalsh(dense)[0])
-        return float(np.linalg.eigvals(dense).real.min())
-    moved = LinearOperator((n, n), matvec=lambda v: L @ v + far * v.mean(), dtype=np.float64)
-    start = np.random.default_rng(0).normal(size=n)
-    found = eigs(
-        moved, 1, which="SR", v0=start, ncv=KRYLOV, maxiter=50 * n, tol=1e-9, return_eigenvectors=False
-    )
-    return float(found[0].real)
-
-
 class _Graph(NamedTuple):
-    """The entries of the operator, all edges and then one per node, and how CSR orders them."""
+    """The entries of the operator: all edges, and then one per node."""
 
-    sender: Tensor  # (entries,)
-    receiver: Tensor
+    pattern: EdgePattern
     weight: Tensor  # a_ij of "gcn" and "rw"
     loop: Tensor  # whether sender and receiver are one
     present: Tensor  # whether it takes part: edges do, added self-loops where a node has none
-    rows: tuple[Tensor, Tensor, Tensor]  # pointers, columns, order of entries
-    columns: tuple[Tensor, Tensor, Tensor]  # the same of the transposed matrix
-
-
-class _Operator(NamedTuple):
-    """One matrix whose product is the interaction: entries, and CSR without a gradient."""
-
-    graph: _Graph
-    values: Tensor
-    matrix: Tensor
-    transposed: Tensor
 
 
 def _graph(x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, attention: str) -> _Graph:
-    n, n_edges = len(x), edge_index.shape[1]
-    nodes = torch.arange(n, device=x.device)
-    sender, receiver = (torch.cat([end, nodes]) for end in edge_index)
-    loop = sender == receiver
-    looped = torch.zeros(n, device=x.device).index_add(0, receiver[:n_edges], loop[:n_edges].float()) > 0
-    present = torch.cat([torch.ones_like(loop[:n_edges]), ~looped])
-    given = x.new_ones(n_edges) if edge_weight is None else edge_weight.to(x.dtype)
-    weight = torch.cat([given, (~looped).to(x.dtype)])
+    n, (sender, receiver) = len(x), edge_index
+    weight = x.new_ones(len(sender)) if edge_weight is None else edge_weight.to(x.dtype)
+    sender, receiver, weight, present = add_self_loops(sender, receiver, weight, n)
     if attention != "transformer":
-        degree = weight.new_zeros(n).index_add(0, receiver, weight)
-        positive = degree > 0
-        degree = torch.where(positive, degree, 1.0)
-        if attention == "gcn":
-            scale = torch.where(positive, degree.rsqrt(), 0.0)
-            weight = scale[receiver] * weight * scale[sender]
-        else:
-            weight = weight * torch.where(positive, 1 / degree, 0.0)[receiver]
-    orders = csr_order(receiver, sender, n), csr_order(sender, receiver, n)
-    return _Graph(sender, receiver, weight, loop, present, *orders)
+        weight = normalised(sender, receiver, weight, n, symmetric=attention == "gcn")
+    return _Graph(edge_pattern(sender, receiver, n), weight, sender == receiver, present)
 
 
 class _Velocity(torch.autograd.Function):
@@ -639,9 +430,9 @@ class _Velocity(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, alpha: Tensor, delta: Tensor | None, S: _Operator, barrier: float
+        ctx: Any, x: Tensor, weight: Tensor, alpha: Tensor, delta: Tensor | None, S: Adjacency, barrier: float
     ) -> Tensor:
-        flow = S.matrix @ x
+        flow = times(S.matrix, x)
         ctx.S, ctx.barrier = S, barrier
         ctx.save_for_backward(x, alpha, delta, flow)
         if delta is None:
@@ -654,16 +445,16 @@ class _Velocity(torch.autograd.Function):
         x, alpha, delta, flow = ctx.saved_tensors
         S, need = ctx.S, ctx.needs_input_grad
         pull = alpha * gradient
-        to_x = to_values = to_delta = None
+        to_x = to_weight = to_delta = None
         if need[0]:
-            to_x = S.transposed @ pull
+            to_x = times(S.transposed, pull)
             if delta is not None:
                 to_x = to_x.addcmul(delta * gradient, torch.sub(ctx.barrier, x.square(), alpha=3))
         if need[1]:
-            to_values = (pull[S.graph.receiver] * x[S.graph.sender]).sum(1)
+            to_weight = row_dots(S.pattern, x, pull)
         if need[3]:
             to_delta = (gradient * x * (ctx.barrier - x.square())).sum(0)
-        return to_x, to_values, (gradient * flow).sum(0) if need[2] else None, to_delta, None, None
+        return to_x, to_weight, (gradient * flow).sum(0) if need[2] else None, to_delta, None, None
 
 
 def _equal_steps(field: Callable[[Any, Tensor], Tensor], x: Tensor, n: int, h: float, method: str) -> Tensor:
