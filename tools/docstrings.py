@@ -7,12 +7,16 @@ import sys
 
 from numpydoc.validate import validate
 
-from posterity.papers import papers
+from posterity.papers import ROOT, papers
 
 # SS03 summary ends in a stop, PR01/PR02 parameters are documented and exist, RT03 returns described ...
 CHECKS = {"GL08", "SS03", "SS05", "PR01", "PR02", "PR03", "PR07", "RT01", "RT03"}
-SHARED = ("posterity.testing", "posterity.claims", "posterity.lab.data", "posterity.lab.training", "posterity.lab.nets",
-          "posterity.lab.metrics", "posterity.lab.tasks", "posterity.lab.data.table", "posterity.engine.run", "posterity.engine.plan", "posterity.engine.verdicts", "posterity.engine.compare")  # fmt: skip
+ENGINE = ("plan", "run", "verdicts", "compare")
+SHARED = (
+    "posterity.testing", "posterity.claims", *(f"posterity.engine.{name}" for name in ENGINE),
+    *(f"posterity.lab.{'.'.join(path.relative_to(ROOT / 'lab').with_suffix('').parts)}"
+      for path in sorted((ROOT / "lab").rglob("[!_]*.py"))),
+)  # fmt: skip
 
 
 def public():

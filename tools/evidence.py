@@ -3,14 +3,16 @@
 import json
 import platform
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
+from posterity.engine.discovery import claim_outlines
 from posterity.engine.plan import plan_claims
 from posterity.engine.run import execute
 from posterity.engine.store import Store
-from posterity.engine.verdicts import judge
-from posterity.papers import get, papers
+from posterity.engine.verdicts import judge, settling
+from posterity.papers import DOMAINS, get, papers
 from posterity.site.figures import alone, dots
 from tools.parity import compare
 
@@ -33,6 +35,10 @@ def rounded(value):
 
 
 def main() -> None:
+    """Run what is missing of some papers, or of all; with ``--front`` only write what is made of it."""
+    if sys.argv[1:] == ["--front"]:
+        front()
+        return
     chosen = [get(slug) for slug in sys.argv[1:]] or [p for p in papers().values() if p.implemented]
     store = Store()
     for paper in chosen:
@@ -64,35 +70,71 @@ def main() -> None:
         }
         path = ROOT / "evidence" / f"{paper.slug}.json"
         path.write_text(json.dumps(rounded(facts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    readme()
+    front()
 
 
-def picture() -> None:
-    """Draw the README's verdict: the first claim of rectified-flow."""
-    evidence = json.loads((ROOT / "evidence" / "rectified-flow.json").read_text(encoding="utf-8"))
-    (ROOT / "docs" / "verdict.svg").write_text(alone(dots(evidence["claims"][0])), encoding="utf-8")
-
-
-def readme() -> None:
-    """Write the README's table of verdicts from the evidence."""
-    picture()
+def front() -> None:
+    """Write what README and manual say of the evidence: verdicts by domain, all of them, a picture."""
+    rows = [
+        row
+        for path in sorted((ROOT / "evidence").glob("*.json"))
+        for row in json.loads(path.read_text(encoding="utf-8"))["claims"]
+    ]
+    first = next(row for row in rows if row["paper"] == "rectified-flow")
+    (ROOT / "docs" / "verdict.svg").write_text(alone(dots(first)), encoding="utf-8")
+    (ROOT / "docs" / "verdicts.md").write_text(VERDICTS + every(rows), encoding="utf-8")
     path = ROOT / "README.md"
     head, mark, rest = path.read_text(encoding="utf-8").partition("<!-- verdicts -->\n")
     _, end, tail = rest.partition("<!-- end of verdicts -->")
-    path.write_text(head + mark + table() + end + tail, encoding="utf-8")
+    path.write_text(
+        head + mark + by_domain(rows) + "\n" + open_questions(rows) + end + tail, encoding="utf-8"
+    )
 
 
-def table() -> str:
-    """Return the Markdown table of the evidence."""
-    rows = ["| paper | claim | effect or value (95 % interval) | verdict |", "|---|---|---|---|"]
-    for path in sorted((ROOT / "evidence").glob("*.json")):
-        for row in json.loads(path.read_text(encoding="utf-8"))["claims"]:
-            facts = row.get("effect") or row["value"]
-            low, high = facts["ci95"]
-            interval = "" if low is None else f" ({low:.3g} to {high:.3g})"
-            mean = "-" if facts["mean"] is None else f"{facts['mean']:.3g}"
-            rows.append(f"| `{row['paper']}` | {row['says']} | {mean}{interval} | {row['verdict']} |")
-    return "\n".join(rows) + "\n"
+VERDICTS = """# Every verdict
+
+Effect or value with its 95 % interval, and what follows. `make evidence` writes this page.
+
+"""
+
+
+def every(rows) -> str:
+    """Return the table of all claims."""
+    lines = ["| paper | claim | effect or value (95 % interval) | seeds | verdict |", "|---|---|---|---|---|"]
+    for row in rows:
+        facts = row.get("effect") or row["value"]
+        low, high = facts["ci95"]
+        interval = "" if low is None else f" ({low:.3g} to {high:.3g})"
+        mean = "-" if facts["mean"] is None else f"{facts['mean']:.3g}"
+        verdict = row["verdict"] + settling(row)
+        lines.append(
+            f"| `{row['paper']}` | {row['says']} | {mean}{interval} | {len(row['seeds'])} | {verdict} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def by_domain(rows) -> str:
+    """Return the table of counts, a domain a line."""
+    lines = ["| domain | papers | claims | hold | fail | inconclusive |", "|---|---|---|---|---|---|"]
+    domains = {row["paper"]: get(row["paper"]).domain for row in rows}
+    for domain in [*(domain for domain in DOMAINS if domain in domains.values()), "all"]:
+        here = [row for row in rows if domain in ("all", domains[row["paper"]])]
+        verdicts = Counter(row["verdict"] for row in here)
+        counts = [len({row["paper"] for row in here}), len(here)]
+        counts += [verdicts[verdict] for verdict in ("holds", "fails", "inconclusive")]
+        lines.append(f"| {domain} | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines) + "\n"
+
+
+def open_questions(rows) -> str:
+    """Return the claims that do not hold, each with its reason."""
+    lines = []
+    for row in rows:
+        if row["verdict"] != "holds":
+            facts = next(o.facts for o in claim_outlines(get(row["paper"])) if o.name == row["claim"])
+            said = f"{row['verdict']}{settling(row)}"
+            lines.append(f"- `{row['paper']}`: {row['says']} *{said}.* {facts.get('reason', '')}".rstrip())
+    return "\n".join(["What does not hold:", "", *lines, ""]) if lines else ""
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ def serve_files(package: str) -> tuple[Callable[[str], Any], Callable[[], list[s
     folder = Path(str(module.__file__)).parent
 
     def get_name(name: str) -> Any:
+        if name == "__all__":
+            return sorted(files(folder))
         if name.startswith("__") or name not in files(folder):
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(f"{package}.{files(folder)[name].stem}"), name)

@@ -129,7 +129,7 @@ def test_a_text_target_becomes_classes_and_a_gzip_or_parquet_file_is_read(tmp_pa
         ("x,y\n1,a\n2,b\n", {"target": "y", "task": "regression"}, "needs a target of numbers, got 'a'"),
         ("x,y\n1,a\n2,a\n", {"target": "y", "task": "classification"}, "two classes"),
         ("x,y\ninf,1\n2,2.5\n", {"target": "y", "task": "regression"}, "column 'x' is infinite in row 1"),
-        ("x,y\n1,2\n1,2,3\n", {"target": "y"}, "Expected 2 fields in line 3, saw 3|Error tokenizing"),
+        ("x,y\n1,2\n1,2,3\n", {"target": "y"}, "row 3 has 3 fields, others have 2"),
         ("x,y\n" + "\n".join(f"{k},{k}.25" for k in range(99)), {"target": "y", "task": "classification"}, "no classes"),
     ],
 )  # fmt: skip
@@ -233,7 +233,7 @@ def test_a_graph_of_a_user_is_symmetric_and_split(tmp_path):
     for change, message in (
         ({"edges": np.array([[0, 9]])}, "nodes outside 0..5"), ({"edges": edges.T[:1]}, r"edges must be integers"),
         ({"node_labels": y[:3]}, r"node_labels \(n,\)"), ({"node_features": x * np.nan}, "NaN or infinity in row 0"),
-        ({"train_masks": np.ones((2, 5)), "val_masks": np.ones((2, 5)), "test_masks": np.ones((2, 5))}, "masks must be"),
+        ({"train_masks": np.ones((2, 5)), "val_masks": np.ones((2, 5)), "test_masks": np.ones((2, 5))}, "masks must all be"),
     ):  # fmt: skip
         np.savez(tmp_path / "bad.npz", **{"node_features": x, "node_labels": y, "edges": edges, **change})
         with pytest.raises(ValueError, match=message):
@@ -273,7 +273,7 @@ def test_series_are_ordered_long_or_wide(tmp_path):
     series = load_series(write(tmp_path / "l.csv", long))
     assert series.columns[-2:] == ("a", "b")
     for text, message in (
-        (long + "2,a,4\n", "a at 2 appears twice"), ("d,e\nx,y\nu,v\n", "no column of numbers"),
+        (long + "2,a,4\n", "a at 2 appears twice"), ("x,y\nx,y\nu,y\n", "no column of numbers"),
         ("a,b\n1,\n2,\n", "column 'b' has no observed value"), ("a,b\n1,inf\n2,3\n", "row 1, column 'b' is infinite"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -121,6 +121,8 @@ class Claim:
         The paper's own value of the effect, value or trend, drawn as a line.
     timed : bool
         Whether the metric is made of seconds, which one seed does not repeat.
+    reason : str
+        Why it does not hold at the defaults, in a line, where it does not.
     seeds : int
         How many seeds decide by default: more where the effect is small beside its spread.
     check : callable, optional
@@ -141,6 +143,7 @@ class Claim:
     smallest: dict[str, Any] = field(default_factory=dict)
     figure: float | None = None
     timed: bool = False
+    reason: str = ""
     seeds: int = 5
     check: Callable[..., None] | None = None
 
@@ -208,7 +211,7 @@ def comparison(
     better : {"lower", "higher"}
         Which way the metric is good.
     **facts
-        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed``, ``seeds``, ``check`` of `Claim`.
+        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed``, ``reason``, ``seeds``, ``check`` of `Claim`.
 
     Returns
     -------
@@ -235,7 +238,7 @@ def bound(
     better : {"lower", "higher"}, default="lower"
         On which side of the limit the value must stay.
     **facts
-        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed``, ``seeds``, ``check`` of `Claim`.
+        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed``, ``reason``, ``seeds``, ``check`` of `Claim`.
 
     Returns
     -------
@@ -257,7 +260,7 @@ def trend(
     low, high : float
         The values that agree with the paper, ends included; None, for one of them, is no end.
     **facts
-        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed``, ``seeds``, ``check`` of `Claim`.
+        ``where``, ``time_limit``, ``smallest``, ``figure``, ``timed``, ``reason``, ``seeds``, ``check`` of `Claim`.
 
     Returns
     -------

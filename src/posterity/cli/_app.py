@@ -46,6 +46,29 @@ def main() -> None:
         fail(error.format_message())
 
 
+def set_(settings: list[str] | None) -> dict[str, str]:
+    """Return name and value of each ``--set``."""
+    given: dict[str, str] = {}
+    for text in settings or []:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise ValueError(f"--set must be name=value, got {text!r}")
+        given[name] = value
+    return given
+
+
+def reading(data: str | None, given: dict[str, str]) -> str | None:
+    """Take options of reading out of what is set, and return the data with them behind it."""
+    options = {name: given.pop(name) for name in list(given) if name.startswith("data.")}
+    if not options:
+        return data
+    if data is None:
+        raise ValueError(f"--set {next(iter(options))} needs --data and a file")
+    from posterity.lab.data import with_options
+
+    return with_options(data, {name.removeprefix("data."): text for name, text in options.items()})
+
+
 def fail(message: str) -> None:
     print("posterity: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)

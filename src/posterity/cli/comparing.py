@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from posterity.cli._app import AsJson, Data, Target, app, console, dump, interval, say
+from posterity.cli._app import AsJson, Data, Target, app, console, dump, interval, reading, say, set_
 from posterity.cli.running import check_numbers, run_jobs
 
 
@@ -15,6 +15,9 @@ def compare(
     target: Target = None,
     seeds: Annotated[int, typer.Option("--seeds", help="How many seeds.")] = 5,
     first_seed: Annotated[int, typer.Option("--first-seed", help="The first of them.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="data.name=value, an option of reading --data.")
+    ] = None,
     on: Annotated[str, typer.Option("--on", help="local, ray, or ray://HOST:PORT.")] = "local",
     workers: Annotated[int | None, typer.Option("--workers", help="Trials at a time.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run stored trials anew.")] = False,
@@ -23,6 +26,12 @@ def compare(
 ) -> None:
     """Rank every method that does a task, with the strong ordinary choices, on your data."""
     check_numbers(seeds, first_seed, workers, on, "cpu")
+    given = set_(settings)
+    data = reading(data, given)
+    if given:
+        raise ValueError(
+            f"--set of compare takes options of reading, data.name=value, got {next(iter(given))}"
+        )
     from posterity.engine import compare as engine
     from posterity.engine.store import Store
 

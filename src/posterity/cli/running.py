@@ -18,7 +18,9 @@ from posterity.cli._app import (
     dump,
     interval,
     number,
+    reading,
     say,
+    set_,
 )  # fmt: skip
 from posterity.papers import DOMAINS, Paper, get, papers
 
@@ -40,7 +42,11 @@ def run(
     data: Data = None,
     target: Target = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="name=value, a parameter of the claim.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="name=value, a parameter of the claim; data.name=value, an option of reading --data.",
+        ),
     ] = None,
     on: Annotated[str, typer.Option("--on", help="local, ray, or ray://HOST:PORT.")] = "local",
     workers: Annotated[int | None, typer.Option("--workers", help="Trials at a time.")] = None,
@@ -57,14 +63,10 @@ def run(
     check_numbers(seeds, first_seed, workers, on, device)
     if claim is not None and len(chosen) != 1:
         raise ValueError("--claim needs exactly one paper")
-    given: dict[str, str] = {}
-    for text in settings or []:
-        name, sign, value = text.partition("=")
-        if not sign or not name:
-            raise ValueError(f"--set must be name=value, got {text!r}")
-        if name in ("data", "target"):
-            raise ValueError(f"use --{name} for {name}")
-        given[name] = value
+    given = set_(settings)
+    for name in given.keys() & {"data", "target"}:
+        raise ValueError(f"use --{name} for {name}")
+    data = reading(data, given)
 
     from posterity.engine.plan import plan_claims
     from posterity.engine.store import Store

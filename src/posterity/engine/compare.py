@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from posterity.engine import statistics
 from posterity.engine.discovery import entry_modules
-from posterity.engine.fingerprint import fingerprint
+from posterity.engine.fingerprint import fingerprint, reader
 from posterity.engine.plan import A_WEEK
 from posterity.engine.store import Job, Outcome
 
@@ -32,7 +31,7 @@ def compare(
     -------
     tuple of list of Job, callable and str
     """
-    from posterity.lab.data import check, resolve
+    from posterity.lab.data import absolute, check, kind_of, resolve
     from posterity.lab.tasks import entries, get_task
 
     question = get_task(task)
@@ -44,17 +43,18 @@ def compare(
     note = check(question.kind, spec, **options)
     found = resolve(question.kind, spec)
     source = ""  # the module whose import registers a generated set
-    if isinstance(found, Path):
-        spec = str(found.resolve())
-    elif callable(found):
+    read = ""
+    if callable(found):
         source = found.__module__
+    else:
+        spec, read = absolute(question.kind, spec), reader(kind_of(question.kind).name)
     jobs = []
     asked = question.score.__module__, "TASK"
     for name, fit in fits.items():
         home = fit.__module__
         counted = (home, fit.__name__), asked, (source, "")
         params = {"task": task, "entry": name, "home": home, "source": source, "data": spec, "target": target}
-        code = "".join(fingerprint(module, name) for module, name in counted if module)
+        code = "".join(fingerprint(module, name) for module, name in counted if module) + read
         jobs += [
             Job("", f"compare {task}", "posterity.lab.tasks:score_entry", params, seed, code, device, A_WEEK)
             for seed in range(first_seed, first_seed + seeds)

@@ -6,7 +6,7 @@ soon as the module is reached: registered data sets, loops, conditions. What cod
 not where it stands: a definition may move to another file, and comments, layout, docstrings,
 the types of arguments, the paths of our own imports and what a claim says of itself beside
 its judgement do not count. The versions of torch,
-numpy and scikit-learn do.
+numpy and scikit-learn do. What reads files counts only for trials that read one.
 """
 
 import ast
@@ -22,13 +22,13 @@ from pathlib import Path
 from posterity._names import files
 from posterity.papers import papers
 
-__all__ = ["fingerprint", "sources"]
+__all__ = ["fingerprint", "is_current", "reader", "sources"]
 
 LIBRARIES = ("torch", "numpy", "scikit-learn")
 # Decorators of what counts only where it is named; other calls, such as `dataset`, register.
 BY_NAME = {"dataclass", "entry", "comparison", "bound", "trend"}
 # What a claim's decorator says that changes no value and no verdict.
-ASIDE = {"where", "time_limit", "smallest", "figure", "seeds", "check"}
+ASIDE = {"where", "reason", "time_limit", "smallest", "figure", "seeds", "check"}
 OURS = re.compile(r"(?<=(?:name|dule)=')posterity\.[\w.]+")
 # The index, the forms of claims, the engine and the registers describe, find and run; they do not compute.
 SKIP = {
@@ -48,6 +48,17 @@ def fingerprint(module: str, claim: str = "") -> str:
     for library in LIBRARIES:
         digest.update(f"{library} {version(library).split('+')[0]}\0".encode())
     return digest.hexdigest()[:12]
+
+
+def reader(kind: str) -> str:
+    """Return the kind of a file that a trial reads, and the fingerprint of what reads it."""
+    return f"{kind}:{fingerprint(f'posterity.lab.data.{kind}', f'read_{kind}')}"
+
+
+def is_current(code: str, module: str, claim: str) -> bool:
+    """Return whether a trial's code, its reader's among it, is that of the sources as they are."""
+    own, _, read = code.partition("+")
+    return own == fingerprint(module, claim) and read in ("", reader(read.partition(":")[0]) if read else "")
 
 
 def sources(module: str) -> set[str]:

@@ -3,11 +3,10 @@
 import inspect
 import types
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from posterity.engine.discovery import Outline, claim_outlines, load_claims
-from posterity.engine.fingerprint import fingerprint
+from posterity.engine.fingerprint import fingerprint, reader
 from posterity.engine.store import Job
 from posterity.papers import Paper
 
@@ -75,7 +74,8 @@ def plan_claims(
         for key, text in given.items():
             params[key] = typed(f"{name}: {key}", text, each.parameters[key].annotation)
         each.refuse(params)
-        note = _check_data(each.parameters, params) if "data" in params else ""
+        note, read = _check_data(each.parameters, params) if "data" in params else ("", "")
+        code = fingerprint(paper.claims, name) + read
         limit = each.time_limit if params == each.defaults else A_WEEK
         jobs = [
             Job(
@@ -84,7 +84,7 @@ def plan_claims(
                 f"{paper.claims}:{name}",
                 params,
                 seed,
-                fingerprint(paper.claims, name),
+                code,
                 device,
                 limit,
             )
@@ -95,15 +95,17 @@ def plan_claims(
     return plans, [name for name in chosen if name not in taking]
 
 
-def _check_data(parameters: dict[str, inspect.Parameter], params: dict[str, Any]) -> str:
-    from posterity.lab.data import check, resolve
+def _check_data(parameters: dict[str, inspect.Parameter], params: dict[str, Any]) -> tuple[str, str]:
+    """Return what is said of the data, and the code of what reads it."""
+    from posterity.lab.data import absolute, check, kind_of, resolve
 
     annotation = parameters["data"].annotation
     options = {"target": params["target"]} if "target" in params else {}
     note = check(annotation, params["data"], **options)
-    if isinstance(path := resolve(annotation, params["data"]), Path):
-        params["data"] = str(path.resolve())  # workers may run elsewhere, and the store outlives this folder
-    return note
+    if callable(resolve(annotation, params["data"])):
+        return note, ""
+    params["data"] = absolute(annotation, params["data"])
+    return note, "+" + reader(kind_of(annotation).name)
 
 
 def typed(name: str, text: str, annotation: Any) -> Any:

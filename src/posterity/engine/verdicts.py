@@ -6,7 +6,7 @@ from typing import Any
 
 from posterity.engine import statistics
 from posterity.engine.discovery import Outline, claim_outlines
-from posterity.engine.fingerprint import fingerprint
+from posterity.engine.fingerprint import is_current
 from posterity.engine.store import Job, Outcome, Store
 from posterity.papers import papers
 
@@ -116,7 +116,16 @@ def _described(values: list[float]) -> dict[str, Any]:
 
 
 def groups(pairs: Iterable[tuple[Job, Outcome]]) -> list[list[tuple[Job, Outcome]]]:
-    """Return trials grouped by claim, parameters, device and code."""
+    """Return trials grouped by claim, parameters, device and code.
+
+    Parameters
+    ----------
+    pairs : iterable of tuple of Job and Outcome
+
+    Returns
+    -------
+    list of list of tuple of Job and Outcome
+    """
     found: dict[str, list[tuple[Job, Outcome]]] = {}
     for job, outcome in pairs:
         key = json.dumps([job.paper, job.claim, job.params, job.device, job.code], sort_keys=True)
@@ -125,13 +134,24 @@ def groups(pairs: Iterable[tuple[Job, Outcome]]) -> list[list[tuple[Job, Outcome
 
 
 def current(slugs: Iterable[str] | None, store: Store) -> tuple[list[list[tuple[Job, Outcome]]], int]:
-    """Return the groups of stored trials made by the code as it is, and how many trials were not."""
+    """Return the groups of stored trials made by the code as it is, and how many trials were not.
+
+    Parameters
+    ----------
+    slugs : iterable of str, optional
+        By default every paper.
+    store : Store
+
+    Returns
+    -------
+    tuple of list of list of tuple of Job and Outcome, and int
+    """
     kept, stale = [], 0
     for group in groups(store.all(slugs)):
         job = group[0][0]
         paper = papers().get(job.paper)
         names = {outline.name for outline in claim_outlines(paper)} if paper and paper.implemented else set()
-        if paper and job.claim in names and job.code == fingerprint(paper.claims, job.claim):
+        if paper and job.claim in names and is_current(job.code, paper.claims, job.claim):
             kept.append(group)
         elif paper:
             stale += len(group)

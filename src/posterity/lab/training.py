@@ -247,12 +247,13 @@ def fit_functions(
     ----------
     model : nn.Module
     source : FunctionData
-    steps, batch_size : int
+    steps : int
     n_context, n_target : tuple of int and int
         As `FunctionData.tasks` takes them.
     seed : int
     loss : callable, optional
         ``loss(model, **arguments)`` in the place of ``model.loss``.
+    batch_size : int, default=16
     **options
         Of `fit`: ``lr``, ``schedule``, ``clip``, ``device``.
     """

@@ -153,22 +153,23 @@ def _race(trial: Trial, task: Property, n_graphs: int, hidden: int, epochs: int)
     says="A-DGN predicts properties that need the whole graph better than a GCN.",
     where="Gravina et al., Section 3.1",
     arms=("gcn", "a-dgn"),
-    metric="log10 of the mean squared error of node distances, mean over graphs",
+    metric="log10 of the mean squared error of the property, over its largest value, mean over graphs",
     better="lower",
     smallest={"n_graphs": 20, "epochs": 2},
 )
 def long_range(
     trial: Trial,
-    task: Property = "dist",
+    task: Property = "diam",
     n_graphs: Count = 200,
     hidden: Count = 20,
-    epochs: Count = 150,
-    n_sets: Count = 2,
+    epochs: Count = 100,
+    n_sets: Count = 1,
 ) -> dict[str, float]:
-    """Predict the distance to a marked node, each node's eccentricity, or the graph's diameter.
+    """Predict the graph's diameter, each node's eccentricity, or the distance to a marked node.
 
-    A trial is the mean over ``n_sets`` sets of graphs and initial weights, since a GCN of
-    depth 20 trains well from some weights and hardly from others. Validation takes one run
+    The diameter needs both ends of the longest way. Distances to a marked node show a fifth
+    of the gap, and a GCN of depth 20 learns them from some initial weights and hardly from
+    others: take ``n_sets=2``, the mean over two sets of graphs and weights. Validation takes one run
     of each arm: of the GCN at depth 5, 10 or 20, and of A-DGN of 20 layers, whose weights
     are not shared either, at epsilon 0.1 or 0.5. Encoder, readout, graphs, batches and
     epochs are the same. With fewer than 400 steps the gap is not reliable. The paper trains

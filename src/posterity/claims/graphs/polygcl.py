@@ -159,6 +159,7 @@ def heterophily(
     where="the paper's experiments",
     metric="Spearman correlation of phi with the sum of low-pass minus high-pass values",
     low=0.0,
+    reason="The objective sees no label, and on 500 nodes the filters do not follow phi from seed to seed.",
     smallest={"n": 200, "epochs": 2, "steps": 3},
 )
 def learned_filter(

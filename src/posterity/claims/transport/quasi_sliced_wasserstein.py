@@ -1,17 +1,20 @@
 """Claims about quasi-Monte Carlo directions: less error a projection, and better fits by gradients."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy import ndarray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn import functional as F
 
 from posterity.claims import Between, Count, Positive, Trial, comparison
 from posterity.lab.data import load_photo
 from posterity.transport import QuasiSlicedWasserstein, sliced_wasserstein, sphere_points
+
+LAST = 100  # steps at the end of a flow, over which its distance is averaged
 
 
 def _clouds(source: str, target: str, shapes: str | None, n_points: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -89,7 +92,7 @@ def direction_error(
     says="Gradient flows along randomly rotated spirals end nearer to their target than along random directions.",
     where="Nguyen et al., the experiment on point-cloud interpolation",
     arms=("random", "rotated spiral"),
-    metric="exact W_2 to the target, the target's radius being 1, mean over flows",
+    metric="exact W_2 to the target, the target's radius being 1, mean over flows and their last 100 steps",
     better="lower",
     smallest={"n_points": 40, "steps": 10, "n_flows": 2},
 )
@@ -97,40 +100,48 @@ def flow(
     trial: Trial,
     target: str = "china.jpg",
     shapes: str | None = None,
-    n_points: Annotated[int, Between(2)] = 500,
+    n_points: Annotated[int, Between(2)] = 300,
     n_directions: Count = 10,
     steps: Count = 300,
-    lr: Positive = 0.01,
+    lr: Positive = 0.1,
     n_flows: Count = 24,
 ) -> dict[str, float]:
     """Move points of a sphere to the colours of a photograph, a fresh draw of directions each step.
 
-    Both arms have the same starts, target, number of directions and steps; a step is ``lr``
+    Both arms have the same starts, targets, number of directions and steps; a step is ``lr``
     times the gradient of ``n_points * SW_2``, as the official script takes it. The seed
-    draws the pixels and ``n_flows`` starts. With ``shapes`` the target is one of them.
+    draws pixels, start and directions of each of ``n_flows`` flows. With ``shapes`` each target is one
+    of them. Where a flow ends is a balance of step and noise: at the script's ``lr=0.01`` most
+    of what is left after 300 steps is the way still to go, and the arms are near each other,
+    as they are with 50 directions, whose noise is small in both.
     """
-    _, end = _clouds(target, target, shapes, n_points, trial.seed)
-    end = end - end.mean(0)
-    end = (end / end.norm(dim=1).max()).to(trial.device).expand(n_flows, -1, -1)
-    generator = torch.Generator().manual_seed(trial.seed)
-    start = torch.randn(end.shape, generator=generator, dtype=end.dtype).to(end)
-    start = start / start.norm(dim=-1, keepdim=True)
-    reached = {}
-    for arm in ("random", "rotated spiral"):
-        generator = torch.Generator().manual_seed(trial.seed)
-        options = {"method": "random"} if arm == "random" else {"method": "spiral", "randomize": "rotate"}
-        distance = QuasiSlicedWasserstein(n_directions, reduction="sum", generator=generator, **options)  # type: ignore[arg-type]
-        clouds = start.clone().requires_grad_()
-        for step in range(steps):
-            (grad,) = torch.autograd.grad(end.shape[1] * distance(clouds, end), clouds)
-            with torch.no_grad():
-                clouds -= lr * grad
-            if (step + 1) % 50 == 0 or step + 1 == steps:
-                reached[arm] = float(
-                    np.mean([_exact(*pair) for pair in zip(clouds.detach(), end, strict=True)])
-                )
-                trial.track(f"exact W_2, {arm}", step + 1, reached[arm])
-    return reached
+    arms: dict[str, dict[str, Any]] = {
+        "random": {"method": "random"},
+        "rotated spiral": {"method": "spiral", "randomize": "rotate"},
+    }
+    reached: dict[str, dict[int, list[float]]] = {arm: {} for arm in arms}
+    for draw in np.random.default_rng(trial.seed).integers(2**31, size=n_flows).tolist():
+        _, end = _clouds(target, target, shapes, n_points, draw)
+        end = end - end.mean(0)
+        end = (end / end.norm(dim=1).max()).to(trial.device)
+        start = torch.randn(end.shape, generator=torch.Generator().manual_seed(draw), dtype=end.dtype)
+        start = F.normalize(start).to(end)
+        for arm, options in arms.items():
+            directions = torch.Generator().manual_seed(draw)
+            distance = QuasiSlicedWasserstein(n_directions, generator=directions, **options)
+            cloud = start.clone().requires_grad_()
+            for step in range(1, steps + 1):
+                (grad,) = torch.autograd.grad(len(end) * distance(cloud, end), cloud)
+                with torch.no_grad():
+                    cloud -= lr * grad
+                if (steps - step) % 10 == 0 and (step % 50 == 0 or steps - step < LAST):
+                    reached[arm].setdefault(step, []).append(_exact(cloud.detach(), end))
+    ended = {}
+    for arm, errors in reached.items():
+        for step, values in errors.items():
+            trial.track(f"exact W_2, {arm}", step, float(np.mean(values)))
+        ended[arm] = float(np.mean([values for step, values in errors.items() if steps - step < LAST]))
+    return ended
 
 
 def _exact(x: Tensor, y: Tensor) -> float:

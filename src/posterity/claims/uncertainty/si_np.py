@@ -76,7 +76,7 @@ OBJECTIVES = {"NP (ELBO)": _elbo, "ML-NP": _maximum_likelihood, "SI-NP": _em}
 )
 def better_likelihood(
     trial: Trial,
-    data: Functions = "gp-paper",
+    data: Functions = "gp-smooth",
     steps: Count = 1500,
     width: Count = 64,
     dim_latent: Count = 32,
@@ -85,6 +85,9 @@ def better_likelihood(
 ) -> dict[str, float]:
     """Train the same networks on the same tasks by each objective and predict unseen functions.
 
+    The gain is where there is much to know from the context: functions as smooth as these,
+    or many points. On ``data="gp-paper"``, of lengthscales down to 0.1, the loss stands still
+    and then breaks through, within 1,500 steps for some seeds and not for others.
     ``rivals=True`` adds ML-NP, the logarithm of the mean density over draws of the prior, a
     strong rival. The paper's setting is image completion, ``data="digits"`` here, with width
     and latent size 128.

@@ -6,22 +6,26 @@ sets are files that pooch checks by SHA-256, taken from the folder ``POSTERITY_D
 when they are there.
 
 Each kind has a file, named as the kind: the annotation (``Graph``), its loader
-(``load_graph``) and the sets that it makes or that ship. This file finds; those read.
+(``load_graph``), the sets that it makes or that ship, and how its files are read
+(``read_graph``). Options of reading stand behind the file: ``houses.csv?header=no``.
 """
 
 import os
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
+from urllib.parse import parse_qsl, quote
 
 from posterity._names import serve_files
 
-__all__ = ["Kind", "check", "dataset", "fetch", "kind_of", "names", "public_sets", "resolve"]
+__all__ = [
+    "Kind", "Source", "absolute", "check", "dataset", "fetch", "load", "resolve", "with_options",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,38 @@ class Kind:
     def files(self) -> str:
         """The files it takes, in words."""
         return ", ".join(f"*{s}" for s in self.suffixes) + (" or a folder" if self.folder else "")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files that are read as one set.
+
+    Attributes
+    ----------
+    name : str
+        For messages.
+    paths : tuple of Path
+    facts : dict
+        Of a public set, from the register.
+    options : dict of str to str
+        Of reading, checked by the reader of the kind.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
+
+    def option(self, allowed: Mapping[str, Sequence[str] | None]) -> dict[str, str]:
+        """Return the options, or say which there are and what they may be."""
+        for name, value in self.options.items():
+            if name not in allowed:
+                known = ", ".join(allowed) or "none"
+                raise ValueError(f"{self.name}: {name!r} is no option of reading it, those are {known}")
+            values = allowed[name]
+            if values is not None and value not in values:
+                raise ValueError(f"{self.name}: {name} must be one of {', '.join(values)}, got {value!r}")
+        return self.options
 
 
 _REGISTER: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -118,6 +154,7 @@ def resolve(annotation: Any, spec: str) -> Callable[..., Any] | str | Path:
         return _REGISTER[kind.name, spec]
     if spec in known:
         return spec
+    spec, _ = _apart(spec)
     path = Path(spec).expanduser()
     allowed = f"a name ({', '.join(known)}) or {kind.files}"
     if path.is_dir():
@@ -134,6 +171,80 @@ def resolve(annotation: Any, spec: str) -> Callable[..., Any] | str | Path:
     if others:
         raise ValueError(f"data must be {kind.name}: {allowed}, got {spec!r}, which is {others[0]}")
     raise ValueError(f"data must be {kind.name}: {allowed}, got {spec!r}, which is no name and no file")
+
+
+def _apart(spec: str) -> tuple[str, dict[str, str]]:
+    """Return a file and the options behind it."""
+    path, mark, query = spec.partition("?")
+    if not mark or Path(spec).expanduser().exists():
+        return spec, {}
+    return path, dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))
+
+
+def absolute(annotation: Any, spec: str) -> str:
+    """Return a file's absolute path with its options, a name as it is: workers may run elsewhere.
+
+    Parameters
+    ----------
+    annotation : annotation
+    spec : str
+
+    Returns
+    -------
+    str
+    """
+    found = resolve(annotation, spec)
+    if not isinstance(found, Path):
+        return spec
+    return with_options(str(found.resolve()), _apart(spec)[1])
+
+
+def with_options(path: str, options: Mapping[str, str]) -> str:
+    """Return a file with options of reading behind it.
+
+    Parameters
+    ----------
+    path : str
+    options : mapping of str to str
+
+    Returns
+    -------
+    str
+    """
+    if not options:
+        return path
+    return (
+        path
+        + ("&" if "?" in path else "?")
+        + "&".join(f"{name}={quote(text, safe=',.;:')}" for name, text in options.items())
+    )
+
+
+def load(annotation: Any, spec: str, *, seed: int = 0, **more: Any) -> Any:
+    """Return the data of a name or a file, as its kind makes or reads it.
+
+    Parameters
+    ----------
+    annotation : annotation
+    spec : str
+    seed : int, default=0
+        For generated data.
+    **more
+        For the reader of the kind.
+
+    Returns
+    -------
+    Any
+    """
+    found = resolve(annotation, spec)
+    if callable(found):
+        return found(seed)
+    kind = kind_of(annotation)
+    if isinstance(found, Path):
+        source = Source(found.name, (found,), options=_apart(spec)[1])
+    else:
+        source = Source(found, tuple(fetch(found)), public_sets()[found])
+    return getattr(_module(kind), f"read_{kind.name}")(source, **more)
 
 
 def fetch(name: str) -> list[Path]:

@@ -7,7 +7,6 @@ ceiling of every model.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,7 +14,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from posterity.lab.data import Kind, dataset, resolve
+from posterity.lab.data import Kind, Source, dataset, load
+from posterity.lab.data.frames import READING, read_frame
 from posterity.lab.data.splits import split
 
 __all__ = ["FunctionData", "Functions", "Tasks", "load_functions"]
@@ -133,14 +133,13 @@ def load_functions(data: str, *, seed: int = 0) -> FunctionData:
     -------
     FunctionData
     """
-    found = resolve(Functions, data)
-    return _read(found, seed) if isinstance(found, Path) else found(seed)  # type: ignore[operator]
+    return load(Functions, data, seed=seed, held_out_by=seed)
 
 
-def _read(path: Path, seed: int) -> FunctionData:
-    from posterity.lab.data.table import read_frame
-
-    frame, note = read_frame(path)
+def read_functions(source: Source, *, held_out_by: int) -> FunctionData:
+    """Return the functions in a long table, a fifth of them held out."""
+    (path,), seed = source.paths, held_out_by
+    frame, note = read_frame(path, wanted=["function"], options=source.option(READING))
     inputs = [name for name in frame if name.lower().startswith("x")]
     outputs = [name for name in frame if name.lower().startswith("y")]
     names = {name.lower(): name for name in frame}

@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import kneighbors_graph
 from torch import Tensor
 
-from posterity.lab.data import Kind, dataset, fetch, resolve
+from posterity.lab.data import Kind, Source, dataset, load
+from posterity.lab.data._arrays import load_arrays
 
 __all__ = ["Graph", "GraphData", "load_graph"]
 
@@ -30,6 +31,7 @@ class GraphData:
     edge_index : Tensor of shape (2, edges), int64
         Row 0 sends, row 1 receives; an undirected edge is listed both ways.
     y : Tensor of shape (nodes,), int64
+        -1 where a node has no label; such nodes are in no split.
     train, val, test : Tensor of shape (splits, nodes), bool
     note : str
         What was read and what was done to it.
@@ -57,7 +59,9 @@ def load_graph(data: str, *, seed: int = 0) -> GraphData:
     data : str
         A registered name, or an ``.npz`` with ``node_features``, ``node_labels``,
         ``edges`` (edges, 2) and, if it has splits, ``train_masks``, ``val_masks`` and
-        ``test_masks``; without them ten splits of 48/32/20 per cent are drawn.
+        ``test_masks``; without them ten splits of 48/32/20 per cent are drawn. A label of
+        -1 or NaN means that a node has none. ``?directed=yes`` behind the file keeps the
+        direction of edges.
     seed : int, default=0
         For generated graphs.
 
@@ -65,11 +69,17 @@ def load_graph(data: str, *, seed: int = 0) -> GraphData:
     -------
     GraphData
     """
-    found = resolve(Graph, data)
-    if callable(found):
-        return found(seed)
-    files = [found] if isinstance(found, Path) else fetch(found)
-    return _planetoid(str(found), files) if len(files) > 1 else _arrays(files[0])
+    return load(Graph, data, seed=seed)
+
+
+def read_graph(source: Source) -> GraphData:
+    """Return the graph in an .npz file, or in the files of a Planetoid set."""
+    options = source.option({"directed": ("yes", "no")})
+    if len(source.paths) > 1:
+        return _planetoid(source.name, list(source.paths))
+    (path,) = source.paths
+    directed = options.get("directed", "yes" if path.stem.endswith("_directed") else "no")
+    return _arrays(path, directed == "yes")
 
 
 def graph_data(
@@ -82,7 +92,7 @@ def graph_data(
     directed: bool = False,
 ) -> GraphData:
     """Return a graph of arrays: edges (edges, 2) made symmetric, repeats removed."""
-    n = len(x)
+    n, y = len(x), np.asarray(y)
     if not directed:
         edges = np.concatenate([edges, edges[:, ::-1]])
     edges = np.unique(edges, axis=0)
@@ -90,54 +100,86 @@ def graph_data(
         masks = [np.zeros((10, n), dtype=bool) for _ in range(3)]
         for k in range(10):
             order = np.random.default_rng(k).permutation(n)
-            cuts = np.split(order, [round(0.48 * n), round(0.8 * n)])
+            order = order[y[order] >= 0]
+            cuts = np.split(order, [round(0.48 * len(order)), round(0.8 * len(order))])
             for mask, part in zip(masks, cuts, strict=True):
                 mask[k, part] = True
     tensors = [torch.from_numpy(np.atleast_2d(mask).astype(bool)) for mask in masks]
     return GraphData(
         torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)),
         torch.from_numpy(np.ascontiguousarray(edges.T, dtype=np.int64)),
-        torch.from_numpy(np.asarray(y, dtype=np.int64)),
+        torch.from_numpy(y.astype(np.int64)),
         *tensors,
         note=note,
     )
 
 
-def _arrays(path: Path) -> GraphData:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path.name} is not a readable .npz of plain arrays") from error
-    for name in ("node_features", "node_labels", "edges"):
-        if name not in arrays:
-            raise ValueError(f"{path.name}: array {name!r} is missing, has {sorted(arrays)}")
+def _arrays(path: Path, directed: bool) -> GraphData:
+    arrays, name = load_arrays(path), path.name
+    for each in ("node_features", "node_labels", "edges"):
+        if each not in arrays:
+            raise ValueError(f"{name}: array {each!r} is missing, has {sorted(arrays)}")
     x, y, edges = arrays["node_features"], arrays["node_labels"], arrays["edges"]
-    if x.ndim != 2 or y.shape != (len(x),):
-        raise ValueError(
-            f"{path.name}: node_features (n, d) and node_labels (n,), got {x.shape} and {y.shape}"
-        )
+    if x.ndim != 2 or y.shape != (len(x),) or not x.size:
+        raise ValueError(f"{name}: node_features (n, d) and node_labels (n,), got {x.shape} and {y.shape}")
     if edges.ndim != 2 or edges.shape[1] != 2 or edges.dtype.kind not in "iu":
-        raise ValueError(f"{path.name}: edges must be integers (edges, 2), got {edges.dtype} {edges.shape}")
+        raise ValueError(f"{name}: edges must be integers (edges, 2), got {edges.dtype} {edges.shape}")
     if edges.size and (edges.min() < 0 or edges.max() >= len(x)):
-        raise ValueError(f"{path.name}: edges name nodes outside 0..{len(x) - 1}")
+        raise ValueError(f"{name}: edges name nodes outside 0..{len(x) - 1}")
+    if x.dtype.kind not in "iufb":
+        raise ValueError(f"{name}: node_features must be numbers, got {x.dtype}")
     if not np.isfinite(x).all():
         raise ValueError(
-            f"{path.name}: node_features has NaN or infinity in row {np.argwhere(~np.isfinite(x))[0][0]}"
+            f"{name}: node_features has NaN or infinity in row {np.argwhere(~np.isfinite(x))[0][0]}"
         )
-    masks = [arrays[key] for part in ("train", "val", "test") if (key := f"{part}_masks") in arrays]
-    given = masks if len(masks) == 3 else None
-    if given and any(np.atleast_2d(mask).shape[1] != len(x) for mask in given):
-        raise ValueError(
-            f"{path.name}: masks must be (splits, {len(x)}), got {[mask.shape for mask in given]}"
-        )
-    directed = path.stem.endswith("_directed")
-    note = f"{path.name}: {len(x):,} nodes, {len(edges):,} edges" + (
-        "" if directed else ", read as undirected"
-    )
-    if given is None:
+    unlabelled = ~np.isfinite(y) if y.dtype.kind == "f" else y == -1 if y.dtype.kind in "iu" else y == ""
+    classes, codes = np.unique(y[~unlabelled], return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"{name}: node_labels must have two classes, has {len(classes)}")
+    labels = np.full(len(y), -1)
+    labels[~unlabelled] = codes
+    masks = _masks(arrays, labels, name)
+    how = "as directed" if directed else "as undirected"
+    note = f"{name}: {len(x):,} nodes, {len(edges):,} edges read {how}, {len(classes)} classes"
+    if unlabelled.any():
+        note += f"; {int(unlabelled.sum()):,} nodes without a label are in no split"
+    if masks is None:
         note += "; no splits, ten of 48/32/20 per cent are drawn"
-    return graph_data(x, edges, np.unique(y, return_inverse=True)[1], given, note=note, directed=directed)
+    return graph_data(x, edges, labels, masks, note=note, directed=directed)
+
+
+def _masks(arrays: dict[str, ndarray], labels: ndarray, name: str) -> list[ndarray] | None:
+    """Return the masks of the data's own splits, or None where it has none."""
+    given = {
+        part: arrays.get(f"{part}_masks", arrays.get(f"{part}_mask")) for part in ("train", "val", "test")
+    }
+    found = {part: np.atleast_2d(mask) for part, mask in given.items() if mask is not None}
+    if not found:
+        return None
+    if missing := [part for part in given if part not in found]:
+        raise ValueError(
+            f"{name}: {missing[0]}_masks is missing beside {', '.join(f'{part}_masks' for part in found)}"
+        )
+    shapes = [mask.shape for mask in found.values()]
+    if len(set(shapes)) > 1 or shapes[0][1] != len(labels):
+        raise ValueError(f"{name}: masks must all be (splits, {len(labels)}), got {shapes}")
+    if any(not np.isin(mask, (0, 1)).all() for mask in found.values()):
+        raise ValueError(f"{name}: masks must hold true and false")
+    masks = {part: mask.astype(bool) for part, mask in found.items()}
+    for part, mask in masks.items():
+        if not mask.any(axis=1).all():
+            raise ValueError(
+                f"{name}: {part}_masks is empty in split {int(np.flatnonzero(~mask.any(axis=1))[0])}"
+            )
+        if (lost := mask[:, labels < 0].any(axis=1)).any():
+            raise ValueError(
+                f"{name}: {part}_masks has nodes without a label in split {int(np.flatnonzero(lost)[0])}"
+            )
+    total = sum(mask.astype(int) for mask in masks.values())
+    if (total > 1).any():
+        split, node = np.argwhere(total > 1)[0].tolist()
+        raise ValueError(f"{name}: masks overlap: node {node} is in two parts of split {split}")
+    return list(masks.values())
 
 
 class _Planetoid(pickle.Unpickler):

@@ -9,10 +9,12 @@ from numpy import ndarray
 from sklearn.datasets import load_digits
 
 from posterity._checks import needs
-from posterity.lab.data import Kind, dataset, fetch, resolve
+from posterity.lab.data import Kind, Source, dataset, load
+from posterity.lab.data._arrays import load_arrays
 
 __all__ = ["ImageData", "Images", "load_images"]
 
+ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 Images = Annotated[str, Kind("images", (".npz",), folder=True)]
 
 
@@ -48,53 +50,74 @@ def load_images(data: str) -> ImageData:
     -------
     ImageData
     """
-    found = resolve(Images, data)
-    if isinstance(found, Path):
-        return _folder(found) if found.is_dir() else _arrays(found)
-    if isinstance(found, str):
-        return _arrays(fetch(found)[0])
-    return found(0)
+    return load(Images, data)
 
 
-def _arrays(path: Path) -> ImageData:
-    with np.load(path, allow_pickle=False) as file:
-        parts = [(f"x{end}", f"y{end}") for end in ("", "_train", "_test") if f"x{end}" in file]
-        if not parts or any(y not in file for _, y in parts):
-            raise ValueError(f"{path.name}: needs arrays x and y (or x_train, y_train), has {file.files}")
-        x = np.concatenate([file[x] for x, _ in parts])
-        y = np.concatenate([file[y].ravel() for _, y in parts])
-        classes = file["classes"] if "classes" in file else np.unique(y)
+def read_images(source: Source) -> ImageData:
+    """Return the images in an .npz file or in a folder with a subfolder a class."""
+    source.option({})
+    (path,) = source.paths
+    return _folder(path) if path.is_dir() else image_arrays(path.name, load_arrays(path))
+
+
+def image_arrays(name: str, arrays: dict[str, ndarray]) -> ImageData:
+    """Return images of arrays ``x`` and ``y``, or of a training and a test part."""
+    parts = [(f"x{end}", f"y{end}") for end in ("", "_train", "_test") if f"x{end}" in arrays]
+    if not parts or any(y not in arrays for _, y in parts):
+        raise ValueError(f"{name}: needs arrays x and y (or x_train, y_train), has {sorted(arrays)}")
+    x = np.concatenate([arrays[x] for x, _ in parts])
+    y = np.concatenate([arrays[y].ravel() for _, y in parts])
     if x.ndim == 3:
         x = x[..., None]
-    if x.ndim != 4 or len(x) != len(y):
-        raise ValueError(f"{path.name}: x must be (n, h, w[, c]) with n labels, got {x.shape} and {y.shape}")
-    if x.shape[-1] in (1, 3, 4):
+    if x.ndim != 4 or len(x) != len(y) or not x.size:
+        raise ValueError(f"{name}: x must be (n, h, w[, c]) with n labels, got {x.shape} and {y.shape}")
+    if y.dtype.kind == "f" and not np.isfinite(y).all():
+        raise ValueError(f"{name}: y has NaN or infinity in row {int(np.flatnonzero(~np.isfinite(y))[0])}")
+    last, first = (x.shape[axis] in (1, 3, 4) for axis in (-1, 1))
+    if last and first and x.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{name}: x {x.shape} may have its channels first or last: give (n, h, w, c) above 4 pixels"
+        )
+    if last:
         x = np.moveaxis(x, -1, 1)
-    scale = 255.0 if x.dtype == np.uint8 else 1.0
-    x = x.astype(np.float32) / scale
-    if not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
-        raise ValueError(f"{path.name}: images must be uint8 or floats in [0, 1]")
+    elif not first:
+        raise ValueError(f"{name}: x must have 1, 3 or 4 channels, got {x.shape}")
     labels, codes = np.unique(y, return_inverse=True)
+    classes = arrays.get("classes", labels)
     kept = tuple(str(c) for c in (classes if len(classes) == len(labels) else labels))
-    return ImageData(x, codes.astype(np.int64), kept, f"{path.name}: {len(x)} images, {len(labels)} classes")
+    scaled, depth = _scaled(name, x)
+    note = f"{name}: {len(x)} images of {x.shape[2]}x{x.shape[3]}, {depth}, {len(labels)} classes"
+    return ImageData(scaled, codes.astype(np.int64), kept, note)
+
+
+def _scaled(name: str, x: ndarray) -> tuple[ndarray, str]:
+    """Return pixels in [0, 1], by the range of their type, and what that is."""
+    if x.dtype in (np.uint8, np.uint16):
+        top = np.iinfo(x.dtype).max
+        return x.astype(np.float32) / np.float32(top), f"{x.dtype.itemsize * 8} bits"
+    if x.dtype.kind == "b":
+        return x.astype(np.float32), "black and white"
+    if x.dtype.kind != "f" or not np.isfinite(x).all() or x.min() < 0 or x.max() > 1:
+        raise ValueError(f"{name}: images must be uint8, uint16 or floats in [0, 1], got {x.dtype}")
+    return x.astype(np.float32), "floats in [0, 1]"
+
+
+def _hidden(path: Path) -> bool:
+    return path.name.startswith((".", "__"))
 
 
 def _folder(path: Path) -> ImageData:
-    image = needs("PIL.Image", "images")
-    classes = sorted(p.name for p in path.iterdir() if p.is_dir())
+    needs("PIL.Image", "images")
+    classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not _hidden(p))
     if len(classes) < 2:
         raise ValueError(f"{path}: needs a subfolder a class, at least two, got {classes}")
-    endings = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
     arrays, labels = [], []
     for label, name in enumerate(classes):
-        for file in sorted(p for p in (path / name).rglob("*") if p.suffix.lower() in endings):
-            try:
-                with image.open(file) as picture:
-                    mode = "L" if picture.mode in ("1", "L", "I;16", "I") else "RGB"
-                    array = np.asarray(picture.convert(mode), dtype=np.float32) / 255
-            except OSError as error:
-                raise ValueError(f"{file} is not a readable image") from error
-            array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+        inside = (p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in ENDINGS)
+        for file in inside:
+            if any(_hidden(part) for part in (file, *file.relative_to(path).parents) if part.name):
+                continue
+            array = _picture(file)
             if arrays and array.shape[1:] != arrays[0].shape[1:]:
                 raise ValueError(
                     f"{file} is {array.shape[1:]}, others are {arrays[0].shape[1:]}: one size, please"
@@ -106,8 +129,34 @@ def _folder(path: Path) -> ImageData:
         raise ValueError(f"{path / empty} holds no image")
     channels = max(a.shape[0] for a in arrays)
     x = np.stack([np.broadcast_to(a, (channels, *a.shape[1:])) for a in arrays])
-    note = f"{path.name}: {len(x)} images of {x.shape[2]}x{x.shape[3]}, {len(classes)} classes"
+    note = f"{path.name}: {len(x)} images of {x.shape[2]}x{x.shape[3]}, {len(classes)} classes: {', '.join(classes[:5])}"
+    note += ", …" if len(classes) > 5 else ""
+    if loose := sum(p.suffix.lower() in ENDINGS and not _hidden(p) for p in path.iterdir()):
+        note += f"; {loose} images outside a class left out"
     return ImageData(x, np.asarray(labels, dtype=np.int64), tuple(classes), note)
+
+
+def _picture(file: Path) -> ndarray:
+    """Return a picture (channels, height, width) in [0, 1], upright, by its own bit depth."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):
+                array = np.asarray(picture).astype(np.int64)
+                if array.min() < 0 or array.max() > 65535:
+                    raise ValueError(f"{file} has values beyond 16 bits")
+                array = array.astype(np.uint16)
+            elif picture.mode == "F":
+                array = np.asarray(picture)
+            else:
+                grey = picture.mode in ("1", "L", "LA")
+                array = np.asarray(picture.convert("L" if grey else "RGB"))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is not a readable image") from error
+    scaled, _ = _scaled(str(file), array)
+    return scaled[None] if scaled.ndim == 2 else np.moveaxis(scaled, -1, 0)
 
 
 @dataset(Images, "digits")

@@ -1,12 +1,13 @@
 """Inputs with classes: images, or rows of features as a network of yours makes them."""
 
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+from numpy import ndarray
 
-from posterity.lab.data import Kind, dataset, kind_of, names, resolve
-from posterity.lab.data.images import ImageData, Images, load_images
+from posterity.lab.data import Kind, Source, dataset, kind_of, load, names
+from posterity.lab.data._arrays import load_arrays
+from posterity.lab.data.images import ImageData, Images, image_arrays, load_images, read_images
 
 __all__ = ["Labelled", "load_labelled"]
 
@@ -29,28 +30,34 @@ def load_labelled(data: str, *, min_classes: int = 2) -> ImageData:
     ImageData
         Features are channels: ``x`` of shape (n, d, 1, 1).
     """
-    loaded = _load(data)
+    loaded = load(Labelled, data)
     if len(loaded.classes) < min_classes:
         raise ValueError(f"{data}: {min_classes} classes are needed here, has {len(loaded.classes)}")
     return loaded
 
 
-def _load(data: str) -> ImageData:
-    found = resolve(Labelled, data)
-    if not isinstance(found, Path):
-        return found(0)  # type: ignore[operator]
-    if found.is_file():
-        with np.load(found, allow_pickle=False) as file:
-            if "x" in file and "y" in file and file["x"].ndim == 2:
-                return _features(found.name, file["x"], file["y"].ravel())
-    return load_images(data)
+def read_labelled(source: Source) -> ImageData:
+    """Return rows of features of an .npz file as images of a single pixel, or images."""
+    (path,) = source.paths
+    if path.is_dir():
+        return read_images(source)
+    source.option({})
+    arrays = load_arrays(path)
+    if "x" in arrays and "y" in arrays and arrays["x"].ndim == 2:
+        return _features(path.name, arrays["x"], arrays["y"].ravel())
+    return image_arrays(path.name, arrays)
 
 
-def _features(name: str, x: np.ndarray, y: np.ndarray) -> ImageData:
+def _features(name: str, x: ndarray, y: ndarray) -> ImageData:
     if len(x) != len(y):
         raise ValueError(f"{name}: x must have a label a row, got {len(x)} rows and {len(y)} labels")
-    if x.dtype.kind not in "iuf" or not np.isfinite(x).all():
-        raise ValueError(f"{name}: x must be finite numbers, got {x.dtype} or NaN or infinity in it")
+    for label, each in (("x", x), ("y", y)):
+        if (each.dtype.kind in "fc" and not np.isfinite(each).all()) or (
+            label == "x" and each.dtype.kind not in "iuf"
+        ):
+            raise ValueError(
+                f"{name}: {label} must be finite numbers, got {each.dtype} or NaN or infinity in it"
+            )
     labels, codes = np.unique(y, return_inverse=True)
     note = f"{name}: {len(x)} rows of {x.shape[1]} features, {len(labels)} classes"
     classes = tuple(map(str, labels))

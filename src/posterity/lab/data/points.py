@@ -1,13 +1,13 @@
 """Points: clouds in a few or many dimensions, generated, bundled or a user's own."""
 
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from numpy import ndarray
 from sklearn.datasets import load_digits, make_moons, make_swiss_roll
 
-from posterity.lab.data import Kind, dataset, resolve
+from posterity.lab.data import Kind, Source, dataset, load
+from posterity.lab.data.frames import READING, read_frame
 
 __all__ = ["Points", "load_points"]
 
@@ -27,23 +27,30 @@ def load_points(data: str, *, seed: int = 0) -> ndarray:
     -------
     ndarray of shape (n, d), float32
     """
-    found = resolve(Points, data)
-    if not isinstance(found, Path):
-        return np.asarray(found(seed), dtype=np.float32)  # type: ignore[operator]
-    if found.suffix == ".npy":
-        points = np.load(found, allow_pickle=False)
-    else:
-        from posterity.lab.data.table import read_frame
+    return np.asarray(load(Points, data, seed=seed), dtype=np.float32)
 
-        frame, _ = read_frame(found)
+
+def read_points(source: Source) -> ndarray:
+    """Return the points in a file, refusing what is no finite number."""
+    (path,) = source.paths
+    if path.suffix == ".npy":
+        source.option({})
+        try:
+            points = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path.name} is not a readable .npy of numbers") from error
+        if points.dtype.kind not in "iufb":
+            raise ValueError(f"{path.name}: points are numbers, got {points.dtype}")
+    else:
+        frame, _ = read_frame(path, options=source.option(READING))
         if text := [str(name) for name in frame if frame[name].dtype.kind not in "iufb"]:
-            raise ValueError(f"{found.name}: points are numbers, column {text[0]!r} is not")
-        points = frame.to_numpy()
+            raise ValueError(f"{path.name}: points are numbers, column {text[0]!r} is not")
+        points = frame.to_numpy(dtype=float)
     if points.ndim < 2 or len(points) < 2:
-        raise ValueError(f"{found.name}: points must be (n, d) with at least 2 rows, got {points.shape}")
+        raise ValueError(f"{path.name}: points must be (n, d) with at least 2 rows, got {points.shape}")
     points = points.reshape(len(points), -1).astype(np.float32)
     if bad := np.flatnonzero(~np.isfinite(points).all(1)).tolist():
-        raise ValueError(f"{found.name}: row {bad[0] + 1} has a missing or infinite value")
+        raise ValueError(f"{path.name}: row {bad[0] + 1} has a missing or infinite value")
     return points
 
 

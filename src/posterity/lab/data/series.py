@@ -1,19 +1,20 @@
 """Time series: a table of numbers, rows in order of time, one column a variable."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from numpy import ndarray
 
-from posterity.lab.data import Kind, fetch, resolve
-from posterity.lab.data.table import read_frame
+from posterity.lab.data import Kind, Source, load
+from posterity.lab.data.frames import READING, read_frame
 
 __all__ = ["Series", "SeriesData", "load_series"]
 
 Series = Annotated[str, Kind("series", (".csv", ".parquet", ".txt", ".gz"))]
+
+CLOCK = r"\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?"
 
 
 @dataclass(frozen=True)
@@ -49,36 +50,22 @@ def load_series(data: str, *, seed: int = 0) -> SeriesData:
     -------
     SeriesData
     """
-    found = resolve(Series, data)
-    if callable(found):
-        return found(seed)
-    return _read(found if isinstance(found, Path) else fetch(found)[0])
+    return load(Series, data, seed=seed)
 
 
-def _read(path: Path) -> SeriesData:
-    frame, note = read_frame(path)
+def read_series(source: Source) -> SeriesData:
+    """Return the series in a file, its rows in order of time."""
+    (path,), options = source.paths, source.option({**READING, "time": None})
+    names = ("time", "variable", "value", *filter(None, [options.get("time")]))
+    frame, note = read_frame(path, wanted=names, options={k: v for k, v in options.items() if k != "time"})
     lower = {str(name).lower(): name for name in frame}
     if {"time", "variable", "value"} <= set(lower) and len(frame.columns) == 3:
-        long = frame.set_axis([str(name).lower() for name in frame], axis=1)
-        if long.duplicated(["time", "variable"]).any():
-            row = long[long.duplicated(["time", "variable"])].iloc[0]
-            raise ValueError(f"{path.name}: {row['variable']} at {row['time']} appears twice")
-        frame = long.pivot(index="time", columns="variable", values="value").reset_index()
-    done = []
-    for name in list(frame):
-        column = frame[name]
-        if column.dtype.kind in "iufb":
-            continue
-        try:
-            when = pd.to_datetime(column, errors="raise", format="mixed")
-        except (ValueError, TypeError):
-            frame = frame.drop(columns=name)
-            done.append(f"text column {name!r} left out")
-            continue
-        if not when.is_monotonic_increasing:
-            frame = frame.iloc[np.argsort(when.to_numpy(), kind="stable")]
-            done.append(f"ordered by {name!r}")
+        frame = _wide(frame.rename(columns={old: new for new, old in lower.items()}), path.name)
+    done: list[str] = []
+    frame = _in_order(frame, options.get("time"), path.name, done)
+    for name in [name for name in frame if frame[name].dtype.kind not in "iufb"]:
         frame = frame.drop(columns=name)
+        done.append(f"text column {name!r} left out")
     if frame.empty or not len(frame.columns):
         raise ValueError(f"{path.name}: no column of numbers")
     values = frame.to_numpy(dtype=np.float64)
@@ -88,5 +75,55 @@ def _read(path: Path) -> SeriesData:
         )
     if empty := [str(name) for name, gone in zip(frame, np.isnan(values).all(0), strict=True) if gone]:
         raise ValueError(f"{path.name}: column {empty[0]!r} has no observed value")
-    note = "; ".join([note, *done])
-    return SeriesData(values, tuple(map(str, frame)), note)
+    return SeriesData(values, tuple(map(str, frame)), "; ".join([note, *done]))
+
+
+def _wide(long: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Return a column a variable and a row a time."""
+    if (missing := long[["time", "variable"]].isna().any(axis=1)).any():
+        raise ValueError(f"{name}: row {int(np.flatnonzero(missing)[0]) + 1} lacks its time or variable")
+    if (twice := long.duplicated(["time", "variable"])).any():
+        row = long[twice].iloc[0]
+        raise ValueError(f"{name}: {row['variable']} at {row['time']} appears twice")
+    frame = long.pivot(index="time", columns="variable", values="value").reset_index()
+    frame.columns = [str(column) for column in frame.columns]
+    return frame if frame["time"].dtype.kind == "M" else frame.drop(columns="time")
+
+
+def _in_order(frame: pd.DataFrame, given: str | None, name: str, done: list[str]) -> pd.DataFrame:
+    """Return the rows in order of their time, without its columns."""
+    if given is not None and given not in frame:
+        raise ValueError(f"{name}: time must be one of {', '.join(map(str, frame))}, got {given!r}")
+    dates = [column for column in frame if frame[column].dtype.kind == "M"]
+    clocks = [
+        column
+        for column in frame
+        if frame[column].dtype.kind == "O" and frame[column].astype(str).str.fullmatch(CLOCK).all()
+    ]
+    if given is not None:
+        dates, clocks = [given], [column for column in clocks if given in dates and column != given]
+    if len(dates) > 1 or len(clocks) > 1:
+        first, second = (dates if len(dates) > 1 else clocks)[:2]
+        raise ValueError(
+            f"{name}: {first!r} or {second!r} may order the rows: say time={first} or time={second}"
+        )
+    if not dates:
+        if clocks:
+            raise ValueError(f"{name}: {clocks[0]!r} is a time of day without a day: leave it out")
+        return frame
+    when = frame[dates[0]]
+    if when.isna().any():
+        raise ValueError(
+            f"{name}: column {dates[0]!r} has no time in row {int(np.flatnonzero(when.isna())[0]) + 1}"
+        )
+    if clocks and bool((when == when.dt.normalize()).all()):
+        clock = frame[clocks[0]].where(frame[clocks[0]].str.count(":") == 2, frame[clocks[0]] + ":00")
+        when = when + pd.to_timedelta(clock)
+        frame = frame.drop(columns=clocks[0])
+    said = " and ".join(map(repr, [*dates, *clocks]))
+    if not when.is_monotonic_increasing:
+        frame = frame.iloc[np.argsort(when.to_numpy(), kind="stable")]
+        done.append(f"ordered by {said}")
+    if repeated := int(when.duplicated().sum()):
+        done.append(f"{repeated:,} times of {said} appear again")
+    return frame.drop(columns=dates[0])

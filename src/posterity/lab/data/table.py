@@ -1,8 +1,6 @@
 """Tables: a user's CSV or Parquet file, or a known set, as features and a target."""
 
-import csv
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,13 +12,12 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from posterity.lab.data import Kind, dataset, fetch, public_sets, resolve
+from posterity.lab.data import Kind, Source, dataset, load
+from posterity.lab.data.frames import READING, read_frame
 
-__all__ = ["Table", "TableData", "load_table", "read_frame", "table_encoder"]
+__all__ = ["Table", "TableData", "load_table", "table_encoder"]
 
 Table = Annotated[str, Kind("table", (".csv", ".tsv", ".data", ".parquet"))]
-
-MISSING = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "."]
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,8 @@ def load_table(data: str, *, target: str | None = None, task: str | None = None,
     Parameters
     ----------
     data : str
-        A registered name, or a CSV, TSV or Parquet file.
+        A registered name, or a CSV, TSV or Parquet file, with options of `read_frame` behind
+        it: ``houses.csv?header=no&decimal=,``.
     target : str, optional
         The column to predict: its name, or for a file without a header its number, from
         0 or from -1 backwards. A known set has its own.
@@ -72,89 +70,32 @@ def load_table(data: str, *, target: str | None = None, task: str | None = None,
     ValueError
         If file, column or row is not what it must be; the message names it.
     """
-    found = resolve(Table, data)
-    if callable(found):
-        table: TableData = found(seed)
-        if target is not None and target != "target":
-            table = _retarget(table, target, data)
-    elif isinstance(found, Path):
-        frame, note = read_frame(found)
-        table = _pick(frame, target, found.name, note)
-    else:
-        facts = public_sets()[found]
-        parts = [read_frame(path, columns=facts.get("columns")) for path in fetch(found)]
-        frame = pd.concat([frame for frame, _ in parts], ignore_index=True)
-        if mark := facts.get("strip"):  # Adult's test part ends its target with a stop
-            frame[facts["target"]] = frame[facts["target"]].str.rstrip(mark)
-        table = _pick(frame, target or facts["target"], found, parts[0][1])
+    table: TableData = load(Table, data, seed=seed, target=target)
+    if table.task and target is not None and target != "target":  # of a set that is made or ships
+        table = _pick(table.X.assign(target=table.y), target, data, table.note)
     return _as_task(table, task)
 
 
-def read_frame(path: Path, columns: list[str] | None = None) -> tuple[pd.DataFrame, str]:
-    """Return a file as a frame and one line that says what was found in it.
-
-    The separator is detected, a header recognised, an index column dropped, and the
-    usual marks of a missing value read as NaN.
+def read_table(source: Source, *, target: str | None = None) -> TableData:
+    """Return the table in a file, or in the files of a public set, its task still open.
 
     Parameters
     ----------
-    path : Path
-        CSV (possibly gzipped) or Parquet.
-    columns : list of str, optional
-        Names for a file that is known to have no header.
+    source : Source
+    target : str, optional
+        As `load_table` takes it.
 
     Returns
     -------
-    tuple of DataFrame and str
+    TableData
     """
-    done = []
-    if path.suffix == ".parquet":
-        try:
-            frame = pd.read_parquet(path)
-        except ImportError as error:
-            raise ValueError(
-                f'{path.name}: Parquet needs pyarrow: pip install "posterity[tables]"'
-            ) from error
-        except Exception as error:
-            raise ValueError(f"{path.name} is not a Parquet file") from error
-    else:
-        options, header = _layout(path)
-        if columns:
-            header = None
-        try:
-            frame = pd.read_csv(
-                path, header=header, na_values=MISSING, keep_default_na=True, skipinitialspace=True, **options
-            )
-        except pd.errors.ParserError as error:
-            raise ValueError(f"{path.name}: {str(error).strip().splitlines()[-1]}") from error
-        if options["sep"] != ",":
-            done.append(f"separator {options['sep']!r}")
-        if header is None:
-            frame.columns = columns or [str(k) for k in range(frame.shape[1])]
-            if not columns:
-                done.append("no header, columns are numbered from 0")
-        if repeated := [str(name) for name in frame.columns[frame.columns.duplicated()]]:
-            raise ValueError(f"{path.name}: column {repeated[0]!r} appears twice")
-    if frame.empty:
-        raise ValueError(f"{path.name} has no rows")
-    frame.columns = [str(name) for name in frame.columns]
-    first = frame.columns[0]
-    if first.lower() in ("unnamed: 0", "index", "id", "no", "") and len(frame) > 1:
-        steps = pd.to_numeric(frame[first], errors="coerce").diff().iloc[1:]
-        if (steps == 1).all():
-            frame = frame.drop(columns=first)
-            done.append(f"index column {first!r} left out")
-    for name in frame:
-        column = frame[name]
-        if column.dtype.kind not in "iufbM":
-            frame[name] = column.astype(object).where(column.notna(), np.nan)
-            frame[name] = frame[name].map(lambda cell: cell.strip() if isinstance(cell, str) else cell)
-    gone = int(frame.isna().to_numpy().sum())
-    text = sum(frame[name].dtype.kind not in "iufbM" for name in frame)
-    counts = f"{len(frame):,} rows, {frame.shape[1] - text} numeric and {text} categorical columns"
-    if gone:
-        done.append(f"{gone:,} missing values")
-    return frame, "; ".join([f"{path.name}: {counts}", *done])
+    options, facts = source.option(READING), source.facts
+    wanted = [] if target is None else [target]
+    parts = [read_frame(path, facts.get("columns"), wanted=wanted, options=options) for path in source.paths]
+    frame = pd.concat([frame for frame, _ in parts], ignore_index=True)
+    if mark := facts.get("strip"):  # Adult's test part ends its target with a stop
+        frame[facts["target"]] = frame[facts["target"]].str.rstrip(mark)
+    return _pick(frame, target or facts.get("target"), source.name, parts[0][1])
 
 
 def table_encoder() -> Any:
@@ -177,46 +118,6 @@ def table_encoder() -> Any:
     )
 
 
-def _layout(path: Path) -> tuple[dict[str, Any], int | None]:
-    """Return pandas' options and 0 or None for the header, from the first lines."""
-    import gzip
-
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            head = [line for line in (file.readline() for _ in range(50)) if line.strip()]
-        encoding = "utf-8-sig"
-    except UnicodeDecodeError:
-        encoding = "latin-1"
-        with opener(path, "rt", encoding=encoding, newline="") as file:
-            head = [line for line in (file.readline() for _ in range(50)) if line.strip()]
-    if not head:
-        raise ValueError(f"{path.name} is empty")
-    if "\0" in "".join(head):
-        raise ValueError(f"{path.name} is not a text table")
-    counts = {mark: [len(next(csv.reader([line], delimiter=mark))) for line in head] for mark in ",;\t|"}
-    regular = {mark: n[0] for mark, n in counts.items() if n[0] > 1 and len(set(n)) == 1}
-    sep = max(regular, key=lambda mark: regular[mark]) if regular else ","
-    rows = list(csv.reader(head, delimiter=sep, skipinitialspace=True))
-
-    def number(cell: str) -> bool:
-        try:
-            float(cell)
-        except ValueError:
-            return cell.strip() in MISSING[1:]
-        return True
-
-    first, rest = rows[0], rows[1:]
-    named = not any(number(cell) for cell in first) and len(set(first)) == len(first)
-    below = [{row[k] for row in rest if k < len(row)} for k in range(len(first))]
-    told = any(cells and all(map(number, cells)) for cells in below)  # names above numbers
-    unseen = all(cell not in cells for cell, cells in zip(first, below, strict=True))
-    options = {"sep": sep, "encoding": encoding, "low_memory": False}
-    if sep == ";" and any("," in cell for row in rest for cell in row):
-        options["decimal"] = ","
-    return options, 0 if named and (told or unseen) else None
-
-
 def _pick(frame: pd.DataFrame, target: str | None, name: str, note: str) -> TableData:
     columns = list(frame.columns)
     if target is None:
@@ -233,14 +134,18 @@ def _pick(frame: pd.DataFrame, target: str | None, name: str, note: str) -> Tabl
         raise ValueError(f"{name}: target must be one of {', '.join(columns)}, got {target!r}")
     if frame.shape[1] < 2:
         raise ValueError(f"{name}: nothing is left to predict {target!r} from")
+    if len(unknown := np.flatnonzero(np.isinf(pd.to_numeric(frame[target], errors="coerce")))):
+        raise ValueError(f"{name}: target {target!r} is infinite in row {unknown[0] + 1}")
     known = frame[target].notna()
+    if not known.any():
+        raise ValueError(f"{name}: target {target!r} has no value in any row")
     if dropped := int((~known).sum()):
         note += f"; {dropped:,} rows without a target left out"
     frame = pd.DataFrame(frame[known]).reset_index(drop=True)
     X = frame.drop(columns=target)
     for column in X:
         if X[column].dtype.kind == "M":
-            X[column] = X[column].astype("int64") / 8.64e13
+            X[column] = (X[column] - pd.Timestamp(0)) / pd.Timedelta(days=1)
             note += f"; dates of {column!r} as days"
         elif X[column].dtype.kind in "iufb":
             X[column] = X[column].astype(float)
@@ -248,10 +153,6 @@ def _pick(frame: pd.DataFrame, target: str | None, name: str, note: str) -> Tabl
                 row = int(np.flatnonzero(np.isinf(X[column]))[0]) + 1
                 raise ValueError(f"{name}: column {column!r} is infinite in row {row}")
     return TableData(X, frame[target].to_numpy(), "", note=f"{note}; target {target!r}")
-
-
-def _retarget(table: TableData, target: str, name: str) -> TableData:
-    return _pick(table.X.assign(target=table.y), target, name, table.note)
 
 
 def _as_task(table: TableData, task: str | None) -> TableData:
