@@ -90,7 +90,8 @@ def test_a_frame_comes_back_or_is_refused(tmp_path_factory, frame, dialect):
     try:
         found, note = read_frame(path)
     except ValueError as error:
-        assert path.name in str(error)
+        if path.name not in str(error):
+            raise
         return
     assert "\n" not in note
     if not dialect["header"] and dialect["index"]:

@@ -55,8 +55,10 @@ class Column:
     def fits(self, cell: str) -> bool:
         """Return whether a further cell is of this kind, missing cells being of any."""
         cell = cell.strip()
-        if cell in MISSING or self.kind in ("text", "empty"):
+        if cell in MISSING or (self.kind in ("text", "empty") and not self.strays):
             return True
+        if self.strays:
+            return cell in self.strays or survey(pd.Series([cell], dtype="str")).kind == "numbers"
         return survey(pd.Series([cell], dtype="str")).kind == self.kind
 
 

@@ -136,7 +136,7 @@ def _delimiter(text: str, wanted: Sequence[str], name: str) -> str:
     sample = text[:SAMPLE]
     if len(text) > SAMPLE:
         sample = sample[: sample.rfind("\n")]
-    scores: dict[str, float] = {}
+    scores: dict[str, tuple[float, bool]] = {}
     for mark in ",;\t|":
         rows = [row for row in csv.reader(io.StringIO(sample), delimiter=mark) if row]
         if mark == "," and not wanted and _decimals(rows):
@@ -146,7 +146,8 @@ def _delimiter(text: str, wanted: Sequence[str], name: str) -> str:
         widths = {len(row) for row in rows[1:] or rows}
         if len(widths) == 1 and (width := widths.pop()) > 1 and len(rows[0]) in (width, width - 1):
             fields = [field.strip() for row in rows[1:] or rows for field in row]
-            scores[mark] = sum(map(bool, map(LIKE_A_NUMBER.fullmatch, fields))) / len(fields)
+            share = sum(map(bool, map(LIKE_A_NUMBER.fullmatch, fields))) / len(fields)
+            scores[mark] = share, len(rows[0]) == width
     if not scores:
         rows = [line.split() for line in sample.splitlines() if line.strip()]
         spaced = len({len(row) for row in rows}) == 1 and len(rows[0]) > 1 and not set(sample) & set(',;\t|"')
@@ -209,7 +210,7 @@ def _has_header(
     if "header" in options:
         return options["header"] == "yes"
     names = list(labels)
-    typed = [k for k, column in enumerate(body) if column.kind in ("numbers", "dates")]
+    typed = [k for k, column in enumerate(body) if column.kind in ("numbers", "dates") or column.strays]
     above = [k for k in typed if names[k] and not body[k].fits(names[k])]
     inside = [k for k in typed if names[k] not in MISSING and body[k].fits(names[k])]
     counted = all(re.fullmatch(r"\d+", names[k]) for k in inside) and _counted(
