@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from posterity._names import files
-from posterity.papers import papers
+from posterity.papers import Paper, papers
 
 __all__ = ["fingerprint", "is_current", "reader", "sources"]
 
@@ -188,15 +188,22 @@ def _name(node: ast.expr) -> str:
 
 def _definer(module: str, name: str) -> tuple[str, str]:
     """Return where ``name`` of ``module`` is defined: a submodule, a served name, or there."""
-    for paper in papers().values():
-        if name in paper.exports and module == f"posterity.{paper.domain}":
-            return paper.home(name), name
+    if paper := _exported().get(f"{module}.{name}"):
+        return paper.home(name), name
     if _file(f"{module}.{name}") is not None:
         return f"{module}.{name}", ""
     package = _file(module)
     if package is not None and package.name == "__init__.py" and name in files(package.parent):
         return f"{module}.{files(package.parent)[name].stem}", name
     return module, name
+
+
+@cache
+def _exported() -> dict[str, Paper]:
+    """Return the paper of each name that a domain serves."""
+    return {
+        f"posterity.{paper.domain}.{name}": paper for paper in papers().values() for name in paper.exports
+    }
 
 
 @cache

@@ -228,8 +228,9 @@ def public_modules(domain: str) -> list[str]:
 
     They are the files of the domain that belong to no paper and have no underscore in front.
     """
-    files = (path.stem for path in sorted((ROOT / domain).glob("[!_]*.py")))
-    return [name for name in (f"posterity.{domain}.{stem}" for stem in files) if name not in method_modules()]
+    taken = method_modules()
+    stems = (path.stem for path in sorted((ROOT / domain).glob("[!_]*.py")))
+    return [name for name in (f"posterity.{domain}.{stem}" for stem in stems) if name not in taken]
 
 
 def get(slug: str) -> Paper:
