@@ -293,3 +293,54 @@ def test_the_step_refuses_bad_input(as_a_user, arguments, options, message):
 def test_the_formulas_refuse_bad_input(as_a_user, call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.fixture
+def blobs():
+    rng = np.random.default_rng(0)
+    return np.concatenate([rng.normal(centre, 0.3, (60, 2)) for centre in (0, 5, 10)])
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(0, 1), (1e8, 1), (-1e8, 1), (0, 1e-12), (0, 1e12), (1e8, 10)])
+def test_labels_and_costs_do_not_depend_on_where_the_origin_is_and_what_the_unit_is(blobs, offset, scale):
+    X = scale * blobs + offset
+    model = EarlyStopMiniBatchKMeans(3, random_state=0).fit(X)
+    plain = EarlyStopMiniBatchKMeans(3, random_state=0).fit(blobs)
+    assert model.labels_.tolist() == plain.labels_.tolist() == model.predict(X).tolist()
+    assert model.inertia_ == pytest.approx(scale**2 * plain.inertia_, rel=1e-4)
+    assert model.score(X) == pytest.approx(-model.inertia_, rel=1e-4)
+    np.testing.assert_allclose(
+        model.transform(X), scale * plain.transform(blobs), rtol=1e-4, atol=1e-6 * scale
+    )
+    squares = np.square(X[:, None] - model.cluster_centers_).sum(2)
+    assert model.labels_.tolist() == squares.argmin(1).tolist()
+
+
+@pytest.mark.parametrize("batch_size", ["theory", 256])
+def test_rows_of_weight_zero_are_not_there(blobs, batch_size):
+    far = np.concatenate([blobs, [[1e6, -1e6]]])
+    weight = np.r_[np.ones(len(blobs)), 0]
+    options = {"init": blobs[[0, 60, 120]], "batch_size": batch_size, "epsilon": 0.01, "random_state": 0}
+    model = EarlyStopMiniBatchKMeans(3, **options).fit(far, sample_weight=weight)
+    alone = EarlyStopMiniBatchKMeans(3, **options).fit(blobs)
+    assert model.scale_ == pytest.approx(alone.scale_)
+    if batch_size == "theory":  # every step sees all rows; smaller batches are drawn otherwise
+        assert model.inertia_ == pytest.approx(alone.inertia_)
+
+
+def test_a_step_that_sees_all_data_weighs_its_rows(blobs):
+    """Weights of whole numbers are repeated rows."""
+    weight = np.arange(len(blobs)) % 3 + 1
+    options = {"init": blobs[[0, 60, 120]], "batch_size": "theory", "epsilon": 0.001}
+    model = EarlyStopMiniBatchKMeans(3, **options).fit(blobs, sample_weight=weight)
+    repeated = EarlyStopMiniBatchKMeans(3, **options).fit(np.repeat(blobs, weight, axis=0))
+    np.testing.assert_allclose(model.cluster_centers_, repeated.cluster_centers_)
+    assert model.n_iter_ == repeated.n_iter_
+
+
+def test_wide_indices_are_read_as_narrow_ones(blobs):
+    X = sparse.csr_matrix(np.where(np.abs(blobs) < 1, 0, blobs))
+    plain = EarlyStopMiniBatchKMeans(3, random_state=0).fit(X)
+    X.indices, X.indptr = X.indices.astype(np.int64), X.indptr.astype(np.int64)
+    model = EarlyStopMiniBatchKMeans(3, random_state=0).fit(X)
+    assert model.labels_.tolist() == plain.labels_.tolist() == model.predict(X).tolist()

@@ -271,7 +271,7 @@ class EarlyStopMiniBatchKMeans(
         EarlyStopMiniBatchKMeans
             The fitted estimator.
         """
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32])
+        X = _narrow(validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32]))
         n, d = X.shape
         k = integer("n_clusters", self.n_clusters, 1)
         if k > n:
@@ -285,7 +285,7 @@ class EarlyStopMiniBatchKMeans(
             if self.max_iter is None
             else integer("max_iter", self.max_iter, 1)
         )
-        share = None
+        share = None  # of the rows, cumulated, where their weights differ
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64)
         if (weight < 0).any() or not weight.sum() > 0:
             raise ValueError(
@@ -304,20 +304,28 @@ class EarlyStopMiniBatchKMeans(
         else:
             size = integer("batch_size", self.batch_size, 1)
 
-        self.scale_ = _largest_range(X)
+        seen = X if share is None else X[weight > 0]
+        self.scale_ = _largest_range(seen)
         # far from the origin |x|^2 - 2 x c + |c|^2 would cancel; sparse data stay sparse
-        origin = np.zeros(d, dtype=X.dtype) if sparse.issparse(X) else X.mean(0)
+        self._origin = (
+            np.zeros(d, X.dtype) if sparse.issparse(X) else seen.mean(0, dtype=np.float64).astype(X.dtype)
+        )
+        X = X if sparse.issparse(X) else X - self._origin
         random_state = check_random_state(self.random_state)
         best: tuple[float, Any] | None = None
         for _ in range(self.n_init):
             centers = self._start(X, k, random_state, weight if share is not None else None)
-            run = self._run(X, origin, centers, size, max_iter, epsilon * self.scale_**2, share, random_state)
+            threshold = epsilon * self.scale_**2
+            run = self._run(
+                X, centers, size, max_iter, threshold, weight if share is not None else None, random_state
+            )
             labels, nearest = _nearest(X, run[0])
             inertia = float(weight @ nearest)
             if best is None or inertia < best[0]:
                 best = inertia, (*run, labels)
         assert best is not None
-        self.inertia_, (self.cluster_centers_, progress, self.converged_, self.labels_) = best
+        self.inertia_, (centers, progress, self.converged_, self.labels_) = best
+        self.cluster_centers_ = centers + self._origin
         self.progress_ = np.asarray(progress)
         self.n_iter_ = len(progress)
         self._n_features_out = k
@@ -330,18 +338,16 @@ class EarlyStopMiniBatchKMeans(
 
     def predict(self, X: Any) -> ndarray:
         """Return the index of the nearest center of each point, shape (n,)."""
-        return _nearest(self._checked(X), self.cluster_centers_)[0]
+        return _nearest(*self._around(X))[0]
 
     def transform(self, X: Any) -> ndarray:
         """Return the distance of each point to each center, shape (n, k)."""
-        return euclidean_distances(self._checked(X), self.cluster_centers_)
+        return euclidean_distances(*self._around(X))
 
     def score(self, X: Any, y: None = None, sample_weight: Any = None) -> float:
         """Return minus the cost: the summed squared distances to the nearest centers."""
-        X = self._checked(X)
-        return -float(
-            _check_sample_weight(sample_weight, X, dtype=np.float64) @ _nearest(X, self.cluster_centers_)[1]
-        )
+        X, centers = self._around(X)
+        return -float(_check_sample_weight(sample_weight, X, dtype=np.float64) @ _nearest(X, centers)[1])
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -349,9 +355,13 @@ class EarlyStopMiniBatchKMeans(
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
-    def _checked(self, X: Any) -> Any:
+    def _around(self, X: Any) -> tuple[Any, ndarray]:
+        """Return points and centers, both less what they have in common where that keeps zeros."""
         check_is_fitted(self)
-        return validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
+        X = _narrow(validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False))
+        if sparse.issparse(X):
+            return X, self.cluster_centers_
+        return X - self._origin.astype(X.dtype), self.cluster_centers_ - self._origin
 
     def _start(self, X: Any, k: int, random_state: Any, weight: ndarray | None) -> ndarray:
         if isinstance(self.init, str):
@@ -363,7 +373,9 @@ class EarlyStopMiniBatchKMeans(
                 X.shape[0], k, replace=share is not None and (share > 0).sum() < k, p=share
             )
             return X[rows].toarray() if sparse.issparse(X) else X[rows].copy()
-        given = self.init(X, k, random_state) if callable(self.init) else self.init
+        given = self.init
+        if callable(given):
+            given = given(X if sparse.issparse(X) else X + self._origin, k, random_state)
         centers = np.array(given, dtype=X.dtype)
         if centers.shape != (k, X.shape[1]):
             raise ValueError(
@@ -371,14 +383,15 @@ class EarlyStopMiniBatchKMeans(
             )
         if not np.isfinite(centers).all():
             raise ValueError("init must be finite, got NaN or infinity")
-        return centers
+        return centers - self._origin
 
     def _run(
-        self, X: Any, origin: ndarray, centers: ndarray, size: int | None, max_iter: int, threshold: float,
-        share: ndarray | None, random_state: Any,
+        self, X: Any, centers: ndarray, size: int | None, max_iter: int, threshold: float,
+        weight: ndarray | None, random_state: Any,
     ) -> tuple[ndarray, list[float], bool]:  # fmt: skip
         counts = np.zeros(len(centers)) if self.learning_rate == "sklearn" else None
-        centers = centers - origin
+        share = None if weight is None else np.cumsum(weight / weight.sum())
+        whole = None if weight is None or size is not None else weight * len(weight) / weight.sum()
         progress: list[float] = []
         for step in range(max_iter):
             if size is not None:
@@ -388,17 +401,16 @@ class EarlyStopMiniBatchKMeans(
                     rows = np.searchsorted(share, random_state.random_sample(size) * share[-1], side="right")
             if step == 0 or size is not None:
                 batch = X if size is None else X[rows]
-                batch = batch if sparse.issparse(batch) else batch - origin
                 lengths = row_norms(batch, squared=True)
-            labels, before = _assign(batch, lengths, centers)
-            new = _moved(batch, labels, centers, counts)
-            progress.append(float(before - _assign(batch, lengths, new)[1]))
+            labels, before = _assign(batch, lengths, centers, whole)
+            new = _moved(batch, labels, centers, counts, whole)
+            progress.append(float(before - _assign(batch, lengths, new, whole)[1]))
             moved = float(np.square(new - centers, dtype=np.float64).sum())
             centers = new
             # equal points have R = 0: then the first step is the last
             if (progress[-1] if self.stop == "progress" else moved) < threshold or threshold == 0:
-                return centers + origin, progress, True
-        return centers + origin, progress, False
+                return centers, progress, True
+        return centers, progress, False
 
 
 def _threshold(epsilon: Any, n_features: int) -> float:
@@ -411,30 +423,42 @@ def _threshold(epsilon: Any, n_features: int) -> float:
     return float(epsilon)
 
 
-def _assign(batch: Any, norms: ndarray, centers: ndarray) -> tuple[ndarray, float]:
+def _assign(
+    batch: Any, norms: ndarray, centers: ndarray, weight: ndarray | None = None
+) -> tuple[ndarray, float]:
     """Return the nearest center of each point (the lowest index of a tie) and the mean cost."""
     gap = safe_sparse_dot(batch, -2 * centers.T, dense_output=True)
     gap += row_norms(centers, squared=True)
     labels = gap.argmin(1)
     nearest = gap[np.arange(len(gap)), labels].astype(np.float64) + norms  # |x|^2 - 2 x c + |c|^2
-    return labels, float(np.maximum(nearest, 0).mean())
+    return labels, float(np.average(np.maximum(nearest, 0), weights=weight))
 
 
-def _moved(batch: Any, labels: ndarray, centers: ndarray, counts: ndarray | None) -> ndarray:
+def _moved(
+    batch: Any, labels: ndarray, centers: ndarray, counts: ndarray | None, weight: ndarray | None = None
+) -> ndarray:
     """Return the centers after the step of equation 1, or at scikit-learn's rate with ``counts``."""
     k, b = len(centers), len(labels)
-    members = np.bincount(labels, minlength=k).astype(np.float64)
+    members = np.bincount(labels, weight, minlength=k).astype(np.float64)
     # sums of each cluster by one product with a sparse one-hot matrix
-    one_hot = sparse.csr_matrix((np.ones(b, dtype=batch.dtype), labels, np.arange(b + 1)), shape=(b, k))
+    each = np.ones(b, dtype=batch.dtype) if weight is None else weight.astype(batch.dtype)
+    one_hot = sparse.csr_matrix((each, labels, np.arange(b + 1)), shape=(b, k))
     sums = safe_sparse_dot(one_hot.T, batch, dense_output=True)
     if counts is None:
         rate = np.sqrt(members / b)
     else:
         counts += members
         rate = members / np.maximum(counts, 1)
-    means = sums / np.maximum(members, 1)[:, None]
+    means = sums / np.where(members > 0, members, 1)[:, None]
     rate = np.where(members > 0, rate, 0.0)[:, None]
     return ((1 - rate) * centers + rate * means).astype(centers.dtype, copy=False)
+
+
+def _narrow(X: Any) -> Any:
+    """Return sparse data with indices of 32 bits, which scikit-learn's distances ask for."""
+    if sparse.issparse(X) and X.indices.dtype == np.int64 and max(X.nnz, *X.shape) < 2**31:
+        X = sparse.csr_matrix((X.data, X.indices.astype(np.int32), X.indptr.astype(np.int32)), X.shape)
+    return X
 
 
 def _nearest(X: Any, centers: ndarray) -> tuple[ndarray, ndarray]:

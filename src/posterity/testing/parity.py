@@ -31,7 +31,7 @@ def check_parity(pairs: Iterable[tuple[str, Any, Any, float]]) -> Parity:
     ----------
     pairs : iterable of (str, array, array, float)
         What is compared, our output, the stored one, and the largest absolute difference
-        allowed. Outputs are tensors, arrays or numbers of equal shape.
+        allowed. Outputs are tensors, arrays or numbers of equal shape, all of them finite.
 
     Returns
     -------

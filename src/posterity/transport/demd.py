@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from posterity._checks import at_least, floating, has_shape, integer, one_of
+from posterity._precision import rounding, wide
 
 __all__ = ["DEMDLoss", "DEMDRegularizer", "MultiMarginalTransport", "multimarginal_emd", "soft_histogram"]
 
@@ -78,7 +79,7 @@ def multimarginal_emd(
     ------
     ValueError
         If masses are negative or not finite, or the sums of two rows differ by more than
-        1e-4 of their size.
+        1e-4 of their size, or than rounding to the dtype costs.
 
     References
     ----------
@@ -96,8 +97,8 @@ def multimarginal_emd(
     >>> result.value, result.indices, result.masses
     (tensor(4.), tensor([[0, 1, 4]]), tensor([1.]))
     """
-    p = _masses(histograms)
-    value, potentials = _Range.apply(p)
+    dtype, p = histograms.dtype, _masses(histograms)
+    value, potentials = (each.to(dtype) for each in _Range.apply(p))
     if cost is None and p.ndim > 2:
         return MultiMarginalTransport(value, potentials)
     indices, masses = _coupling(p)
@@ -105,11 +106,11 @@ def multimarginal_emd(
         each = cost(indices.flatten(0, -2))
         if not isinstance(each, Tensor) or each.shape != (indices.flatten(0, -2).shape[0],):
             raise ValueError(f"cost must return one number a tuple of bins, got {each!r}")
-        value = (masses * each.to(masses).view_as(masses)).sum(-1)
+        value = (masses * each.to(masses).view_as(masses)).sum(-1).to(dtype)
     if p.ndim > 2:
         return MultiMarginalTransport(value, potentials)
     kept = masses > 0
-    return MultiMarginalTransport(value, potentials, indices[kept], masses[kept])
+    return MultiMarginalTransport(value, potentials, indices[kept], masses[kept].to(dtype))
 
 
 class DEMDLoss(nn.Module):
@@ -160,7 +161,7 @@ class DEMDLoss(nn.Module):
         Tensor
             A scalar, or for ``reduction="none"`` one value a problem.
         """
-        value, _ = _Range.apply(_masses(histograms))
+        value = _Range.apply(_masses(histograms))[0].to(histograms.dtype)
         return value if self.reduction == "none" else getattr(value, self.reduction)()
 
 
@@ -212,7 +213,8 @@ def soft_histogram(
     integer("n_bins", n_bins, 2)
     at_least("smoothing", smoothing, 0)
     _unit("x", x)
-    return _soft_histograms(x, x.new_zeros(len(x), dtype=torch.int64), 1, n_bins, smoothing)[0]
+    one = x.new_zeros(len(x), dtype=torch.int64)
+    return _soft_histograms(wide(x), one, 1, n_bins, smoothing)[0].to(x.dtype)
 
 
 class DEMDRegularizer(nn.Module):
@@ -272,14 +274,14 @@ class DEMDRegularizer(nn.Module):
         has_shape("groups", groups, scores.shape, "scores")
         if self.activation == "identity":
             _unit("scores", scores)
-            x = scores
+            x = wide(scores)
         else:
             _some("scores", scores)
-            x = scores.sigmoid() - 1e-4  # below 1 whatever the score
+            x = wide(scores).sigmoid() - 1e-4  # below 1 whatever the score
         names, group = torch.unique(groups, return_inverse=True)
         histograms = _soft_histograms(x, group, len(names), self.n_bins, 1e-4)
         value, _ = _Range.apply(histograms)
-        return value
+        return value.to(scores.dtype)
 
 
 class _Range(torch.autograd.Function):
@@ -332,20 +334,20 @@ def _soft_histograms(x: Tensor, group: Tensor, n_groups: int, n_bins: int, smoot
 
 
 def _masses(histograms: Tensor) -> Tensor:
-    """Return histograms that are: nonnegative, finite, rows of a problem with one sum."""
+    """Return histograms, widened, that are: nonnegative, finite, rows of a problem with one sum."""
     p = floating("histograms", histograms)
     if p.ndim < 2 or 0 in p.shape[-2:]:
         raise ValueError(
             f"histograms must have shape (..., d, n) with d and n at least 1, got {tuple(p.shape)}"
         )
     if p.device.type != "cpu" or p.numel() == 0:
-        return p
+        return wide(p)
     fixed = p.detach()
     low, high = fixed.aminmax()
     if not (low >= 0 and high < torch.inf):  # NaN is neither
         raise ValueError("histograms must be nonnegative and finite")
     sums = fixed.sum(-1, dtype=torch.float64)
-    gap = (sums - sums[..., :1]).abs() - 1e-4 * sums.amax(-1, keepdim=True)
+    gap = (sums - sums[..., :1]).abs() - rounding(p.dtype, 1e-4) * sums.amax(-1, keepdim=True)
     if bool((gap > 0).any()):
         row = tuple((gap > 0).nonzero()[0].tolist())
         first = sums[(*row[:-1], 0)]
@@ -353,7 +355,7 @@ def _masses(histograms: Tensor) -> Tensor:
             f"histograms must have rows of one sum: row {row[-1]} sums to {sums[row]:.6g}, row 0 to {first:.6g}; "
             "normalise them first"
         )
-    return p
+    return wide(p)
 
 
 def _some(name: str, x: Tensor) -> None:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, integer, one_of
+from posterity._precision import widened
 from posterity._random import draw_device
 
 __all__ = ["QuasiSlicedWasserstein", "sliced_wasserstein", "sphere_points"]
@@ -90,9 +91,10 @@ def sphere_points(
         points = _points(n, method) if seed is None else _sobol(n, method, seed)
         if randomize == "rotate":
             points = points @ _rotations((), generator).to(points)
-    return points.to(dtype=dtype, device=device)
+    return points.to(dtype=dtype, device=device, copy=True)  # what is kept stays ours
 
 
+@widened
 def sliced_wasserstein(
     x: Float[Tensor, "*batch m d"], y: Float[Tensor, "*batch l d"], directions: Float[Tensor, "... L d"], *,
     p: float = 2,
@@ -275,10 +277,11 @@ def _normalized(points: Tensor) -> Tensor:
 @lru_cache(maxsize=32)
 def _points(n: int, method: str) -> Tensor:
     """Return the fixed set of a method, float64; callers must not change it."""
-    if method in SOBOL:
-        return _sobol(n, method, None)
-    spiral = _spiral(n)
-    return spiral if method == "spiral" or n == 1 else _least_energy(spiral, method)
+    with torch.inference_mode(False):  # what is kept may be trained with later
+        if method in SOBOL:
+            return _sobol(n, method, None)
+        spiral = _spiral(n)
+        return spiral if method == "spiral" or n == 1 else _least_energy(spiral, method)
 
 
 def _sobol(n: int, method: str, seed: int | None) -> Tensor:

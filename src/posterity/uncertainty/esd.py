@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, has_shape, integer
+from posterity._precision import wide, widened
 
 try:
     import torchmetrics
@@ -33,8 +34,10 @@ Metric: Any = torchmetrics.Metric if torchmetrics else nn.Module
 __all__ = ["ESDLoss", "ESDMetric", "MMCELoss", "SBECELoss", "expected_squared_difference", "interleave"]
 
 SLACK = 1e-6  # rounding that a softmax may leave outside [0, 1]
+OFF_ONE = 0.02  # by how much probabilities that were rounded, to a dtype or to digits, may miss 1
 
 
+@widened
 def expected_squared_difference(
     confidence: Float[Tensor, " n"], correct: Shaped[Tensor, " n"]
 ) -> Float[Tensor, ""]:
@@ -133,6 +136,7 @@ class ESDLoss(nn.Module):
         super().__init__()
         self.root = root
 
+    @widened
     def forward(self, logits: Float[Tensor, "n classes"], target: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """Return the loss, a scalar."""
         value = expected_squared_difference(*_top_label(logits, target, at_least_n=3))
@@ -182,8 +186,9 @@ class ESDMetric(Metric):
         self.add_state("correct", [], dist_reduce_fx="cat")
 
     def update(self, preds: Float[Tensor, "n classes"], target: Int[Tensor, " n"]) -> None:
-        """Take a batch: logits, or probabilities (all in [0, 1], rows that sum to 1)."""
-        share = preds.ndim == 2 and bool((preds >= 0).all() and ((preds.sum(1) - 1).abs() < 1e-3).all())
+        """Take a batch: logits, or probabilities (none negative, rows that sum to 1, within 2 %)."""
+        preds = wide(preds)
+        share = preds.ndim == 2 and bool((preds >= 0).all() and ((preds.sum(1) - 1).abs() < OFF_ONE).all())
         confidence, correct = _top_label(preds.clamp_min(1e-30).log() if share else preds, target)
         self.confidence.append(confidence)
         self.correct.append(correct)
@@ -277,6 +282,7 @@ class MMCELoss(nn.Module):
         super().__init__()
         self.bandwidth = at_least("bandwidth", bandwidth, 0, strict=True)
 
+    @widened
     def forward(self, logits: Float[Tensor, "n classes"], target: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """Return the loss, a scalar."""
         confidence, correct = _top_label(logits, target)
@@ -321,6 +327,7 @@ class SBECELoss(nn.Module):
         self.n_bins = integer("n_bins", n_bins, 1)
         self.temperature = at_least("temperature", temperature, 0, strict=True)
 
+    @widened
     def forward(self, logits: Float[Tensor, "n classes"], target: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """Return the loss, a scalar."""
         confidence, correct = _top_label(logits, target)
