@@ -9,7 +9,8 @@ import pytest
 
 from posterity.engine.discovery import claim_outlines
 from posterity.engine.fingerprint import is_current
-from posterity.papers import papers
+from posterity.engine.plan import plan_claims
+from posterity.papers import get, papers
 from tools import evidence
 
 ROOT = Path(__file__).parent.parent
@@ -55,3 +56,17 @@ def test_what_does_not_hold_has_its_reason():
         for row in json.loads(path.read_text())["claims"]:
             facts = next(o.facts for o in claim_outlines(papers()[row["paper"]]) if o.name == row["claim"])
             assert (row["verdict"] != "holds") == bool(facts.get("reason")), f"{row['paper']} {row['claim']}"
+
+
+def test_a_row_is_kept_while_the_code_as_it_is_would_make_it_again(tmp_path):
+    path = ROOT / "evidence" / "esd.json"
+    plans, _ = plan_claims(get("esd"))
+    assert set(evidence.current(path, plans)) == {plan.outline.name for plan in plans}
+    others, _ = plan_claims(get("esd"), first_seed=1)
+    assert not evidence.current(path, others)
+    stored = json.loads(path.read_text())
+    for change in ({"code": "other"}, {"verdict": "error"}, {"params": {}}):
+        changed = tmp_path / "esd.json"
+        changed.write_text(json.dumps({**stored, "claims": [{**row, **change} for row in stored["claims"]]}))
+        assert not evidence.current(changed, plans)
+    assert not evidence.current(tmp_path / "none.json", plans)
