@@ -166,11 +166,11 @@ def test_it_is_the_best_of_all_pairs(constraint, seed, alpha, delta):
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 def test_blocks_and_the_band_change_nothing(constraint, monkeypatch):
-    from posterity.fairness import fairee
+    from posterity.fairness import group_thresholds
 
     data = sample(3, (80, 90, 70, 100))
     whole = fair_thresholds(*data, alpha=0.2, delta=0.6, constraint=constraint)
-    monkeypatch.setattr(fairee, "CHUNK", 900)
+    monkeypatch.setattr(group_thresholds, "CHUNK", 900)
     parts = fair_thresholds(*data, alpha=0.2, delta=0.6, constraint=constraint)
     assert parts.ranks.tolist() == whole.ranks.tolist()
     assert parts.n_candidates == whole.n_candidates

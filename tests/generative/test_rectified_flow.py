@@ -200,16 +200,23 @@ def test_straightness_of_a_constant_field_is_zero():
     assert found < 1e-10
 
 
-@pytest.mark.parametrize("options", [{}, {"divergence": "hutchinson"}, {"method": "heun", "n_steps": 500}])
-def test_log_prob_is_the_normal_log_density(gaussian, solver, options):
-    """Hutchinson's estimate is exact too: the Jacobian is a multiple of the identity."""
-    flow, net, x0 = gaussian
-    x1 = M + 0.8 * x0
+def is_normal_log_density(std, **options):
+    x1 = M + 1.6 * std * normal(64, 3)
     with torch.no_grad():
-        found = flow.log_prob(net, x1, rtol=1e-7, atol=1e-7, **options)
+        found = RectifiedFlow(3).log_prob(GaussianSlope(M, std), x1, **options)
     torch.testing.assert_close(
-        found, torch.distributions.Normal(M, S).log_prob(x1).sum(1).double(), rtol=0, atol=1e-4
+        found, torch.distributions.Normal(M, std).log_prob(x1).sum(1).double(), rtol=0, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_log_prob_is_the_normal_log_density(solver, divergence):
+    """Hutchinson's estimate is exact too: the Jacobian is a multiple of the identity."""
+    is_normal_log_density(S, divergence=divergence, rtol=1e-7, atol=1e-7)
+
+
+def test_log_prob_on_an_even_grid_is_the_normal_log_density():
+    is_normal_log_density(0.9, method="heun", n_steps=200)
 
 
 def test_density_of_a_mixture_is_right_and_integrates_to_one():
@@ -360,8 +367,7 @@ def test_loss_on_the_vp_path_stays_off_its_singular_end():
     assert 0.99 < latest[0] <= 1 - 1e-3
 
 
-@pytest.mark.parametrize("power", [1.0, 1.5, 2.0, 4.0])
-def test_cost_of_the_coupling_does_not_rise(power):
+def test_cost_of_the_coupling_does_not_rise():
     """For every convex cost; for independent pairs and for pairs whose lines cross."""
     flow = RectifiedFlow(2)
     ends = torch.tensor([[3.0, 0.0], [-3.0, 1.0], [0.0, 3.0], [1.0, -2.0]], dtype=torch.float64)
@@ -371,7 +377,8 @@ def test_cost_of_the_coupling_does_not_rise(power):
         x1 = ends[component] + 0.2 * normal(2000, 2, seed=1)
         z0, z1 = flow.couple(MixtureSlope(starts, ends, 0.2), x0=x0, batch_size=2000)
         assert torch.equal(z0, x0)
-        assert transport_cost(z0, z1, power) <= transport_cost(x0, x1, power)
+        for power in (1.0, 1.5, 2.0, 4.0):
+            assert transport_cost(z0, z1, power) <= transport_cost(x0, x1, power)
         torch.testing.assert_close(z1.mean(0), x1.mean(0), rtol=0, atol=0.2)  # the law is kept
         torch.testing.assert_close(z1.T.cov(), x1.T.cov(), rtol=0, atol=0.5)
 
@@ -458,7 +465,7 @@ def test_couple_does_not_depend_on_the_batch_size(gaussian, method):
     def with_label(x, t, label):
         return net(x, t) + label
 
-    options = {"x0": x0, "method": method, "cond": {"label": label}}
+    options = {"x0": x0, "method": method, "n_steps": 20, "cond": {"label": label}}
     _, whole = flow.couple(with_label, batch_size=64, **options)
     _, parts = flow.couple(with_label, batch_size=7, **options)
     if method == "rk45":

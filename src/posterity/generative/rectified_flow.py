@@ -15,49 +15,25 @@ A network is any ``net(x, t, **cond)``: x of shape (n, *shape); t of shape (n,),
 device of x, in [0, 1] and never rescaled, 0 at the source and 1 at the data; output as x.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity._checks import at_least, finite, floating, has_shape, integer, one_of, within
+from posterity._checks import finite, floating, has_shape, integer, one_of
 from posterity._random import draw_device
+from posterity.generative.flow_ode import Method, Trajectory, _solve
 
-__all__ = ["RectifiedFlow", "Trajectory", "reflow", "straightness", "transport_cost"]
+__all__ = ["RectifiedFlow"]
 
 Samples = Float[Tensor, " n *shape"]
 Scalar = Float[Tensor, ""]
 Net = Callable[..., Tensor]
 Cond = Mapping[str, Tensor] | None
-Method = Literal["euler", "heun", "rk45"]
-Field = Callable[[Tensor, Tensor], Tensor]  # (time of no dimension, state) -> slope
-
-
-class Trajectory(NamedTuple):
-    """Solution of the ODE.
-
-    Attributes
-    ----------
-    x : Tensor
-        Where the samples ended, shape ``(n, *shape)``.
-    times : Tensor
-        Times of the solver's k steps and of the start, shape (k + 1,).
-    path : Tensor or None
-        States at ``times``, shape ``(k + 1, n, *shape)``, if asked for.
-    n_evals : int
-        Calls of the network.
-    """
-
-    x: Tensor
-    times: Tensor
-    path: Tensor | None
-    n_evals: int
 
 
 class RectifiedFlow:
@@ -114,12 +90,10 @@ class RectifiedFlow:
     """
 
     def __init__(
-        self,
-        shape: int | Sequence[int],
-        *,
+        self, shape: int | Sequence[int], *,
         source: Callable[[int, torch.Generator | None], Tensor] | None = None,
         path: Literal["linear", "vp", "sub-vp"] = "linear",
-    ) -> None:
+    ) -> None:  # fmt: skip
         sizes = shape if isinstance(shape, Sequence) else (shape,)
         if not sizes:
             raise ValueError(f"shape must have at least one dimension, got {shape!r}")
@@ -127,12 +101,7 @@ class RectifiedFlow:
         self.source = source
         self.path = one_of("path", path, ("linear", "vp", "sub-vp"))
 
-    def interpolate(
-        self,
-        x0: Samples,
-        x1: Samples,
-        t: Float[Tensor, " n"],
-    ) -> tuple[Samples, Samples]:
+    def interpolate(self, x0: Samples, x1: Samples, t: Float[Tensor, " n"]) -> tuple[Samples, Samples]:
         """Return the point at time t between two ends, and its velocity.
 
         Parameters
@@ -168,16 +137,10 @@ class RectifiedFlow:
         return torch.addcmul(a * x1, b, x0), torch.addcmul(da * x1, db, x0)
 
     def loss(
-        self,
-        net: Net,
-        x1: Samples,
-        x0: Samples | None = None,
-        *,
-        t: Float[Tensor, " n"] | None = None,
-        cond: Cond = None,
-        reduction: Literal["mean", "sum", "none"] = "mean",
+        self, net: Net, x1: Samples, x0: Samples | None = None, *, t: Float[Tensor, " n"] | None = None,
+        cond: Cond = None, reduction: Literal["mean", "sum", "none"] = "mean",
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "..."]:
+    ) -> Float[Tensor, "..."]:  # fmt: skip
         """Return the squared error of the network's velocity, equation 1.
 
         Parameters
@@ -225,19 +188,10 @@ class RectifiedFlow:
         return F.mse_loss(velocity, slope, reduction=reduction)
 
     def integrate(
-        self,
-        net: Net,
-        x: Samples,
-        *,
-        t0: float = 0.0,
-        t1: float = 1.0,
-        method: Method = "rk45",
-        n_steps: int = 100,
-        rtol: float = 1e-5,
-        atol: float = 1e-5,
-        cond: Cond = None,
+        self, net: Net, x: Samples, *, t0: float = 0.0, t1: float = 1.0, method: Method = "rk45",
+        n_steps: int = 100, rtol: float = 1e-5, atol: float = 1e-5, cond: Cond = None,
         return_path: bool = False,
-    ) -> Trajectory:
+    ) -> Trajectory:  # fmt: skip
         """Follow the ODE from time t0 to t1.
 
         Parameters
@@ -287,18 +241,10 @@ class RectifiedFlow:
 
     @torch.no_grad()
     def sample(
-        self,
-        net: Net,
-        n: int | None = None,
-        *,
-        x0: Samples | None = None,
-        method: Method = "euler",
-        n_steps: int = 100,
-        rtol: float = 1e-5,
-        atol: float = 1e-5,
-        cond: Cond = None,
+        self, net: Net, n: int | None = None, *, x0: Samples | None = None, method: Method = "euler",
+        n_steps: int = 100, rtol: float = 1e-5, atol: float = 1e-5, cond: Cond = None,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "..."]:
+    ) -> Float[Tensor, "..."]:  # fmt: skip
         """Draw samples, without gradients.
 
         Parameters
@@ -313,10 +259,8 @@ class RectifiedFlow:
             As in ``integrate``.
         n_steps : int, default=100
             Steps of the even grid, at least 1; 1 is ``x0 + net(x0, 0)``.
-        rtol, atol : float, default=1e-5
-            Tolerances of "rk45".
-        cond : mapping of str to Tensor, optional
-            Keyword arguments of the network, each with first dimension n.
+        rtol, atol, cond
+            As in ``integrate``.
         generator : torch.Generator, optional
             Source of randomness for the starts.
 
@@ -335,19 +279,10 @@ class RectifiedFlow:
 
     @torch.no_grad()
     def couple(
-        self,
-        net: Net,
-        n: int | None = None,
-        *,
-        x0: Samples | None = None,
-        batch_size: int = 1024,
-        method: Method = "rk45",
-        n_steps: int = 100,
-        rtol: float = 1e-5,
-        atol: float = 1e-5,
-        cond: Cond = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+        self, net: Net, n: int | None = None, *, x0: Samples | None = None, batch_size: int = 1024,
+        method: Method = "rk45", n_steps: int = 100, rtol: float = 1e-5, atol: float = 1e-5,
+        cond: Cond = None, generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:  # fmt: skip
         """Make the pairs that reflow trains on: starts, and where the ODE takes each.
 
         Train on them as they come, ``flow.loss(net, z1, z0)``: shuffling one against the
@@ -364,14 +299,8 @@ class RectifiedFlow:
             device than the network, batches then travel and the pairs lie where ``x0`` does.
         batch_size : int, default=1024
             Samples that are integrated at once, at least 1.
-        method : {"euler", "heun", "rk45"}, default="rk45"
+        method, n_steps, rtol, atol, cond
             As in ``integrate``.
-        n_steps : int, default=100
-            Steps of the even grid, at least 1.
-        rtol, atol : float, default=1e-5
-            Tolerances of "rk45".
-        cond : mapping of str to Tensor, optional
-            Keyword arguments of the network, each with first dimension n.
         generator : torch.Generator, optional
             Source of randomness for the starts.
 
@@ -400,16 +329,10 @@ class RectifiedFlow:
         return z0, torch.cat(ends)
 
     def distill_loss(
-        self,
-        net: Net,
-        x1: Samples,
-        x0: Samples,
-        *,
-        n_steps: int = 1,
-        distance: Callable[[Tensor, Tensor], Tensor] | None = None,
-        cond: Cond = None,
+        self, net: Net, x1: Samples, x0: Samples, *, n_steps: int = 1,
+        distance: Callable[[Tensor, Tensor], Tensor] | None = None, cond: Cond = None,
         generator: torch.Generator | None = None,
-    ) -> Scalar:
+    ) -> Scalar:  # fmt: skip
         """Return the loss that fits a network to pairs at the times of few Euler steps only.
 
         Parameters
@@ -424,10 +347,8 @@ class RectifiedFlow:
         distance : callable, optional
             ``distance(pred, target)`` of shape (n,), between ``x0 + net(x0, 0)`` and
             ``x1``, for one step only. Default: squared error, the mean over coordinates.
-        cond : mapping of str to Tensor, optional
-            Keyword arguments of the network, each with first dimension n.
-        generator : torch.Generator, optional
-            Source of randomness for the times.
+        cond, generator
+            As in ``loss``.
 
         Returns
         -------
@@ -452,19 +373,11 @@ class RectifiedFlow:
         return has_shape("distance", distance(x0 + velocity, x1), (len(x1),), "x1").mean()
 
     def log_prob(
-        self,
-        net: Net,
-        x1: Samples,
-        *,
-        method: Method = "rk45",
-        n_steps: int = 100,
-        rtol: float = 1e-5,
-        atol: float = 1e-5,
-        divergence: Literal["exact", "hutchinson"] = "exact",
-        source_log_prob: Callable[[Tensor], Tensor] | None = None,
-        cond: Cond = None,
+        self, net: Net, x1: Samples, *, method: Method = "rk45", n_steps: int = 100, rtol: float = 1e-5,
+        atol: float = 1e-5, divergence: Literal["exact", "hutchinson"] = "exact",
+        source_log_prob: Callable[[Tensor], Tensor] | None = None, cond: Cond = None,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, " n"]:
+    ) -> Float[Tensor, " n"]:  # fmt: skip
         """Return the log density that the ODE gives to data, in nats.
 
         log p(x1) = log p_source(z0) - int_0^1 div v(z_t, t) dt, along the ODE back from x1.
@@ -475,20 +388,14 @@ class RectifiedFlow:
             The network; samples must not act on each other (no batch norm in train mode).
         x1 : Tensor
             Data, shape ``(n, *shape)``.
-        method : {"euler", "heun", "rk45"}, default="rk45"
+        method, n_steps, rtol, atol, cond
             As in ``integrate``.
-        n_steps : int, default=100
-            Steps of the even grid, at least 1.
-        rtol, atol : float, default=1e-5
-            Tolerances of "rk45".
         divergence : {"exact", "hutchinson"}, default="exact"
             The trace of the Jacobian by as many backward passes as a sample has coordinates,
             or an unbiased estimate by one, along random signs held over the whole path.
         source_log_prob : callable, optional
             Log density of the source, ``(n, *shape)`` to (n,); needed with a ``source`` of
             your own. Default: standard normal.
-        cond : mapping of str to Tensor, optional
-            Keyword arguments of the network, each with first dimension n.
         generator : torch.Generator, optional
             Source of the random signs.
 
@@ -519,7 +426,7 @@ class RectifiedFlow:
             t, z = time.repeat(n), state[:, :d].reshape(x1.shape)
             velocity, pull, *_ = torch.func.vjp(lambda z: _call(net, z, t, cond), z)
 
-            def along(probe: Tensor) -> Tensor:
+            def along(probe):
                 return (probe * pull(probe)[0]).flatten(1).sum(1)
 
             # 2^24 numbers at once: all the rows of a small Jacobian, few of an image's
@@ -561,154 +468,6 @@ class RectifiedFlow:
         return self._draw(integer("n", n, 1), *_home(net, torch.empty(0)), generator)
 
 
-def reflow(
-    flow: RectifiedFlow,
-    net: nn.Module,
-    fit: Callable[[nn.Module, Tensor, Tensor], nn.Module],
-    *,
-    n_pairs: int,
-    rounds: int = 1,
-    x0: Samples | None = None,
-    method: Method = "rk45",
-    n_steps: int = 100,
-    batch_size: int = 1024,
-    generator: torch.Generator | None = None,
-) -> list[nn.Module]:
-    """Straighten a trained flow: train on its own pairs, and again on those of the result.
-
-    Parameters
-    ----------
-    flow : RectifiedFlow
-        The flow.
-    net : nn.Module
-        Its trained network, left as it is.
-    fit : callable
-        ``fit(net, z0, z1)`` trains a network with ``flow.loss(net, z1, z0)`` and returns
-        it; it is given a deep copy of the network of the round before.
-    n_pairs : int
-        Pairs a round, at least 1.
-    rounds : int, default=1
-        How often, at least 1. One is mostly enough, since errors of the network add up.
-    x0 : Tensor, optional
-        Starts of every round, shape ``(n_pairs, *shape)``. Default: drawn anew from the source.
-    method : {"euler", "heun", "rk45"}, default="rk45"
-        As in ``RectifiedFlow.integrate``.
-    n_steps : int, default=100
-        Steps of the even grid, at least 1.
-    batch_size : int, default=1024
-        Samples that are integrated at once.
-    generator : torch.Generator, optional
-        Source of randomness for the starts.
-
-    Returns
-    -------
-    list of nn.Module
-        The networks of the 2-rectified flow, the 3-rectified flow, and so on.
-
-    Raises
-    ------
-    ValueError
-        If ``rounds`` or ``n_pairs`` is less than 1, or ``x0`` does not fit.
-    """
-    integer("rounds", rounds, 1)
-    integer("n_pairs", n_pairs, 1)
-    if x0 is not None:
-        has_shape("x0", x0, (n_pairs, *flow.shape), "n_pairs and shape")
-    nets = []
-    for _ in range(rounds):
-        z0, z1 = flow.couple(
-            net,
-            n_pairs if x0 is None else None,
-            x0=x0,
-            batch_size=batch_size,
-            method=method,
-            n_steps=n_steps,
-            generator=generator,
-        )
-        net = fit(copy.deepcopy(net), z0, z1)
-        nets.append(net)
-    return nets
-
-
-def straightness(
-    flow: RectifiedFlow, net: Net, x0: Samples, *, n_steps: int = 100, cond: Cond = None
-) -> Scalar:
-    """Return how far the flow's paths are from straight lines at constant speed.
-
-    S = int_0^1 E || (Z_1 - Z_0) - v(Z_t, t) ||^2 dt, by Euler steps.
-
-    Parameters
-    ----------
-    flow : RectifiedFlow
-        The flow.
-    net : callable
-        Its network.
-    x0 : Tensor
-        Starts, shape ``(n, *shape)``.
-    n_steps : int, default=100
-        Euler steps, at least 1.
-    cond : mapping of str to Tensor, optional
-        Keyword arguments of the network, each with first dimension n.
-
-    Returns
-    -------
-    Tensor
-        A scalar of at least 0, in squared units of the data; 0 if one Euler step is exact.
-
-    Raises
-    ------
-    ValueError
-        If ``x0`` does not fit ``shape`` or ``n_steps`` is less than 1.
-    """
-    velocities: list[Tensor] = []
-
-    def recorded(x: Tensor, t: Tensor, **more: Tensor) -> Tensor:
-        velocities.append(net(x, t, **more))
-        return velocities[-1]
-
-    end = flow.integrate(recorded, x0, method="euler", n_steps=n_steps, cond=cond).x
-    bends = [(end - x0 - velocity).square().flatten(1).sum(1).mean() for velocity in velocities]
-    return torch.stack(bends).mean()
-
-
-def transport_cost(
-    x0: Samples,
-    x1: Samples,
-    cost: float | Callable[[Tensor], Tensor] = 2.0,
-) -> Scalar:
-    """Return the mean cost of moving each x0 to its x1.
-
-    Parameters
-    ----------
-    x0, x1 : Tensor
-        Pairs, shape ``(n, *shape)``.
-    cost : float or callable, default=2.0
-        A power p > 0 of the Euclidean distance, or ``cost(x1 - x0)`` of shape (n,).
-
-    Returns
-    -------
-    Tensor
-        A scalar.
-
-    Raises
-    ------
-    ValueError
-        If shapes differ, or ``cost`` is neither positive nor callable.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from posterity.generative import transport_cost
-    >>> transport_cost(torch.zeros(2, 2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
-    tensor(13.)
-    """
-    has_shape("x1", floating("x1", x1), floating("x0", x0).shape, "x0")
-    if callable(cost):
-        return has_shape("cost", cost(x1 - x0), (len(x0),), "x0").mean()
-    power = at_least("cost", cost, 0, strict=True)
-    return torch.linalg.vector_norm((x1 - x0).flatten(1), dim=1).pow(power).mean()
-
-
 def _uniform(size: int | Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     where = draw_device(generator, like.device)
     return torch.rand(size, dtype=like.dtype, device=where, generator=generator).to(like.device)
@@ -737,87 +496,3 @@ def _check_cond(cond: Cond, n: int) -> None:
 def _call(net: Net, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     _check_cond(cond, len(x))
     return has_shape("net(x, t)", net(x, t, **(cond or {})), x.shape, "x")
-
-
-def _solve(
-    field: Field,
-    y: Tensor,
-    t0: float,
-    t1: float,
-    *,
-    method: str,
-    n_steps: int,
-    rtol: float,
-    atol: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the end of dy/dt = field(t, y), the times of the steps, and their states."""
-    one_of("method", method, ("euler", "heun", "rk45"))
-    integer("n_steps", n_steps, 1)
-    at_least("rtol", rtol, 0, strict=True)
-    at_least("atol", atol, 0, strict=True)
-    within("t0", t0, 0, 1)
-    if within("t1", t1, 0, 1) == t0:
-        raise ValueError(f"t1 must differ from t0, got {t1} for both")
-    if method == "rk45":
-        times, states = _adaptive(field, y, float(t0), float(t1), rtol, atol)
-    else:
-        # In float64 and on the device: t_i is i / N to the last bit, and nothing waits for it.
-        grid = torch.arange(n_steps + 1, dtype=torch.float64, device=y.device)
-        times = (t0 + (t1 - t0) * (grid / n_steps)).to(y.dtype)
-        h, states = (t1 - t0) / n_steps, [y]
-        for now, then in pairwise(times):
-            slope = field(now, y)
-            if method == "heun":
-                slope = (slope + field(then, torch.add(y, slope, alpha=h))) / 2
-            y = torch.add(y, slope, alpha=h)
-            if not keep:
-                states.clear()
-            states.append(y)
-    path = torch.stack(states) if keep else None
-    return states[-1], times, path
-
-
-def _adaptive(
-    field: Field, y: Tensor, t0: float, t1: float, rtol: float, atol: float
-) -> tuple[Tensor, list[Tensor]]:
-    """Return times and states of Dormand and Prince's steps, the batch as one system.
-
-    The solver's state is float64, since its estimate of the error drowns in the rounding
-    of less; the network sees the dtype of ``y``.
-    """
-    low, high = min(t0, t1), max(t0, t1)
-
-    def wide(time: Tensor, state: Tensor) -> Tensor:
-        time = time.clamp(low, high)  # torchdiffeq's first trial step may overshoot
-        return field(time.to(y.dtype), state.to(y.dtype)).double()
-
-    try:
-        from torchdiffeq import odeint
-    except ModuleNotFoundError:
-        from scipy.integrate import solve_ivp
-
-        def flat(time: float, state: Any) -> Any:
-            rows = torch.as_tensor(state, device=y.device).reshape(y.shape)
-            return wide(torch.tensor(time, device=y.device), rows).detach().flatten().cpu().numpy()
-
-        start = y.detach().flatten().double().cpu().numpy()
-        found = solve_ivp(flat, (t0, t1), start, method="RK45", rtol=rtol, atol=atol)
-        if not found.success:
-            raise RuntimeError(f"the ODE could not be solved: {found.message}") from None
-        path = torch.as_tensor(found.y.T.copy()).to(y).reshape(-1, *y.shape)
-        return torch.as_tensor(found.t).to(y), list(path)
-
-    times: list[Tensor] = []
-    states: list[Tensor] = []
-
-    def accepted(time: Tensor, state: Tensor, _: Any = None) -> None:
-        times.append(time)
-        states.append(state)
-
-    wide.callback_accept_step = accepted
-    span = torch.tensor([t0, t1], dtype=torch.float64, device=y.device)
-    options = {"step_t": span[1:]}  # land on the end: no look past t1, no interpolation there
-    found: Any = odeint(wide, y.double(), span, rtol=rtol, atol=atol, method="dopri5", options=options)
-    accepted(span[1], found[1])
-    return torch.stack(times).to(y.dtype), [state.to(y.dtype) for state in states]

@@ -3,10 +3,10 @@ from posterity.transport.demd import DEMDRegularizer as DEMDRegularizer
 from posterity.transport.demd import MultiMarginalTransport as MultiMarginalTransport
 from posterity.transport.demd import multimarginal_emd as multimarginal_emd
 from posterity.transport.demd import soft_histogram as soft_histogram
+from posterity.transport.expert_routing import SparseTransportRouter as SparseTransportRouter
 from posterity.transport.quasi_sliced_wasserstein import QuasiSlicedWasserstein as QuasiSlicedWasserstein
 from posterity.transport.quasi_sliced_wasserstein import sliced_wasserstein as sliced_wasserstein
 from posterity.transport.quasi_sliced_wasserstein import sphere_points as sphere_points
 from posterity.transport.sparse_ot import SparseTransport as SparseTransport
-from posterity.transport.sparse_ot import SparseTransportRouter as SparseTransportRouter
-from posterity.transport.sparse_ot import project_sparse_simplex as project_sparse_simplex
 from posterity.transport.sparse_ot import sparse_transport as sparse_transport
+from posterity.transport.sparse_simplex import project_sparse_simplex as project_sparse_simplex

@@ -144,7 +144,7 @@ def _fairlearn(known: tuple[ndarray, ...], fresh: tuple[ndarray, ...], seed: int
     arms=("plug-in", "FaiREE"),
     metric="share of calibration samples whose gap on held-out rows exceeds alpha",
     better="lower",
-    smallest={"n_samples": 4, "n_designs": 2},
+    smallest={"n_samples": 2, "n_designs": 1},
 )
 def keeps_its_word(
     trial: Trial,
@@ -202,7 +202,7 @@ def keeps_its_word(
     where="Li et al., Theorem 1",
     metric="share of samples above alpha, less delta, in standard errors; largest over four notions",
     limit=3.0,
-    smallest={"n_samples": 4, "n_designs": 2},
+    smallest={"n_samples": 2, "n_designs": 1},
 )
 def within_delta(
     trial: Trial,

@@ -89,7 +89,7 @@ def _noise(flow: RectifiedFlow, n: int, trial: Trial) -> Tensor:
     arms=("1-rectified", "2-rectified"),
     metric="sliced W2 to held-out data, one Euler step",
     better="lower",
-    smallest={"steps": 100, "n_pairs": 500, "n_samples": 200},
+    smallest={"steps": 10, "n_pairs": 100, "n_samples": 50},
 )
 def one_step(
     trial: Trial,
@@ -133,7 +133,7 @@ def one_step(
     where="Liu et al., theorem on convex transport costs",
     metric="largest ratio of costs ||x1 - x0||^p, p in {1, 2, 4}",
     limit=1.0,
-    smallest={"steps": 100, "n_samples": 200},
+    smallest={"steps": 10, "n_samples": 50},
 )
 def transport(
     trial: Trial,
@@ -169,7 +169,7 @@ def transport(
     arms=("1-rectified", "2-rectified"),
     metric="straightness S / E||Z1 - Z0||^2",
     better="lower",
-    smallest={"steps": 100, "n_pairs": 500, "n_samples": 200},
+    smallest={"steps": 10, "n_pairs": 100, "n_samples": 50},
 )
 def straightening(
     trial: Trial,
@@ -200,7 +200,7 @@ def straightening(
     arms=("vp", "linear"),
     metric="sliced W2 to held-out data, five Euler steps",
     better="lower",
-    smallest={"steps": 100, "n_samples": 200},
+    smallest={"steps": 10, "n_samples": 50},
 )
 def straight_paths(
     trial: Trial,

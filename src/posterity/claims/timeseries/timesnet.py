@@ -1,7 +1,7 @@
 """Claims about TimesNet: folding by periods beats the same network on the flat series."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Trial, comparison
+from posterity.claims import Between, Count, Trial, comparison
 from posterity.lab import nets, training
 from posterity.lab.data import Series, SeriesData, dataset, load_series
 from posterity.lab.tasks import HISTORY, HORIZON, entry
@@ -97,16 +97,16 @@ def _apply(net: nn.Module, trial: Trial, x: Tensor, **inputs: Tensor) -> Tensor:
     arms=("1-D", "2-D"),
     metric="mean squared error of hidden entries, standardised",
     better="lower",
-    smallest={"steps": 5},
+    smallest={"steps": 2, "seq_len": 48, "n_kernels": 2},
 )
 def imputation(
     trial: Trial,
     data: Series = "two-rhythms",
-    mask_rate: float = 0.25,
-    steps: int = 300,
-    seq_len: int = 96,
-    n_kernels: int = 3,
-    batch_size: int = 16,
+    mask_rate: Annotated[float, Between(0, 1, above=True)] = 0.25,
+    steps: Count = 300,
+    seq_len: Annotated[int, Between(2)] = 96,
+    n_kernels: Count = 3,
+    batch_size: Count = 16,
 ) -> dict[str, float]:
     """Train one network twice, folded and flat, to fill what is hidden, and test it later in time.
 
@@ -154,16 +154,16 @@ def _interpolate(x: Tensor, known: Tensor) -> Tensor:
     arms=("1-D", "2-D"),
     metric="mean squared error of the forecast, standardised",
     better="lower",
-    smallest={"steps": 5},
+    smallest={"steps": 2, "seq_len": 48, "n_kernels": 2},
 )
 def forecasting(
     trial: Trial,
     data: Series = "two-rhythms",
-    horizon: int = 24,
-    steps: int = 300,
-    seq_len: int = 96,
-    n_kernels: int = 3,
-    batch_size: int = 16,
+    horizon: Count = 24,
+    steps: Count = 300,
+    seq_len: Annotated[int, Between(2)] = 96,
+    n_kernels: Count = 3,
+    batch_size: Count = 16,
 ) -> dict[str, float]:
     """Train one network twice, folded and flat, to forecast, and test it later in time.
 
@@ -196,17 +196,17 @@ def forecasting(
     arms=("1-D", "2-D"),
     metric="area under the ROC curve of spiked steps",
     better="higher",
-    smallest={"steps": 5},
+    smallest={"steps": 2, "seq_len": 48, "n_kernels": 2},
 )
 def detection(
     trial: Trial,
     data: Series = "two-rhythms",
-    spike: float = 1.5,
-    share: float = 0.02,
-    steps: int = 300,
-    seq_len: int = 96,
-    n_kernels: int = 3,
-    batch_size: int = 16,
+    spike: Annotated[float, Between(0)] = 1.5,
+    share: Annotated[float, Between(0, 1, above=True)] = 0.02,
+    steps: Count = 300,
+    seq_len: Annotated[int, Between(2)] = 96,
+    n_kernels: Count = 3,
+    batch_size: Count = 16,
 ) -> dict[str, float]:
     """Train one network twice, folded and flat, to reconstruct, and test it on spikes put in.
 
@@ -242,17 +242,17 @@ def detection(
     arms=("1-D", "2-D"),
     metric="accuracy",
     better="higher",
-    smallest={"steps": 5, "n_train": 32, "n_test": 64},
+    smallest={"steps": 2, "seq_len": 48, "n_kernels": 2, "n_train": 32, "n_test": 64},
 )
 def classification(
     trial: Trial,
-    noise: float = 1.0,
-    n_train: int = 256,
-    n_test: int = 1_000,
-    steps: int = 300,
-    seq_len: int = 96,
-    n_kernels: int = 3,
-    batch_size: int = 16,
+    noise: Annotated[float, Between(0)] = 1.0,
+    n_train: Count = 256,
+    n_test: Count = 1_000,
+    steps: Count = 300,
+    seq_len: Annotated[int, Between(2)] = 96,
+    n_kernels: Count = 3,
+    batch_size: Count = 16,
 ) -> dict[str, float]:
     """Train one network twice, folded and flat, to tell two generators apart.
 

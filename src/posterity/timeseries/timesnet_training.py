@@ -1,0 +1,173 @@
+"""What the four estimators of TimesNet share: a series standardised, cut into windows, trained on.
+
+Each window of the standardised series is an example. A network trains with periods shared
+by a batch, as the paper does, and predicts with those of each series, so that a prediction
+does not depend on its batch. The last part of time is held out: training stops when it has
+not improved for a while, and the best weights are kept.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy import ndarray
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import validate_data
+from torch import Tensor, nn
+
+from posterity._checks import at_least, integer, within
+from posterity.timeseries.timesnet import TimesNet
+
+__all__: list[str] = []
+
+
+class SeriesEstimator(BaseEstimator):
+    """Sizes, standardisation, windows and training of a `TimesNet`."""
+
+    d_model: int
+    d_ff: int
+    n_layers: int
+    top_k: int
+    n_kernels: int
+    dropout: float
+    max_epochs: int
+    batch_size: int
+    lr: float
+    patience: int
+    validation_fraction: float
+    device: str
+    random_state: Any
+    n_features_in_: int
+
+    def _network(self, n_channels: int, seq_len: int, task: Any, **options: Any) -> TimesNet:
+        integer("max_epochs", self.max_epochs, 1)
+        integer("batch_size", self.batch_size, 1)
+        at_least("lr", self.lr, 0, strict=True)
+        integer("patience", self.patience, 1)
+        within("validation_fraction", self.validation_fraction, 0, 1, open_high=True)
+        net = TimesNet(
+            n_channels, seq_len, task, d_model=self.d_model, d_ff=self.d_ff, n_layers=self.n_layers,
+            top_k=self.top_k, n_kernels=self.n_kernels, dropout=self.dropout, **options,
+        )  # fmt: skip
+        return net.to(self.device)
+
+    def _read_series(self, X: Any, *, reset: bool, least: int, missing: bool = False) -> ndarray:
+        X = validate_data(
+            self, X, reset=reset, dtype=np.float64, ensure_all_finite="allow-nan" if missing else True
+        )
+        if len(X) < least:
+            raise ValueError(f"X must have at least {least} rows (time steps), got n_samples = {len(X)}")
+        if reset:
+            if len(empty := np.flatnonzero(np.isnan(X).all(0))):
+                column = getattr(self, "feature_names_in_", range(X.shape[1]))[empty[0]]
+                raise ValueError(f"X must have an observed value in each column, got none in {column!r}")
+            self._standardise(X)
+        return X
+
+    def _standardise(self, X: ndarray) -> None:
+        rows = X.reshape(-1, X.shape[-1])
+        scale = np.nanstd(rows, axis=0)
+        self.mean_, self.scale_ = np.nanmean(rows, axis=0), np.where(scale > 0, scale, 1.0)
+
+    def _tensor(self, X: ndarray) -> Tensor:
+        """Return the series standardised, 0 where missing, on the device."""
+        scaled = np.nan_to_num((X - self.mean_) / self.scale_)
+        return torch.as_tensor(scaled, dtype=torch.float32, device=self.device)
+
+    def _by_time(self, time: int, seq_len: int, horizon: int = 0) -> tuple[Tensor, Tensor]:
+        """Return where windows for training and for validation begin.
+
+        Training never sees the last ``validation_fraction`` of time; validation predicts
+        nothing else. A series too short for both is all for training.
+        """
+        held = max(round(self.validation_fraction * time), horizon or seq_len)
+        train = torch.arange(time - held - seq_len - horizon + 1 if held < time else 0)
+        first = time - held - (seq_len if horizon else 0)
+        if self.validation_fraction == 0 or len(train) == 0:
+            return torch.arange(time - seq_len - horizon + 1), torch.arange(0)
+        return train, torch.arange(first, time - seq_len - horizon + 1)
+
+    def _fit_windows(
+        self, task: Any, loss: Callable[..., Tensor], seq_len: int, *series: Tensor, horizon: int = 0
+    ) -> None:
+        """Minimise ``loss(net, window, ...)`` over all windows of series of equal length."""
+        time, n_channels = series[0].shape
+        steps = torch.arange(seq_len + horizon, device=self.device)
+        with seeded(drawn_seed(self.random_state), self.device):
+            net = self._network(n_channels, seq_len, task, horizon=horizon)
+            self._train(
+                net,
+                lambda rows: loss(net, *(each[rows[:, None] + steps] for each in series)),
+                *self._by_time(time, seq_len, horizon),
+            )
+
+    def _train(
+        self, net: TimesNet, loss: Callable[[Tensor], Tensor], train: Tensor, held_out: Tensor,
+        optimizer: type[torch.optim.Optimizer] = torch.optim.Adam, decay: float = 0.5, clip: float = math.inf,
+    ) -> None:  # fmt: skip
+        """Minimise ``loss(rows)``; keep the weights that were best on rows held out."""
+        self.net_, self.losses_ = net, []
+        opt = optimizer(net.parameters(), lr=self.lr)  # type: ignore[call-arg]
+        schedule = torch.optim.lr_scheduler.ExponentialLR(opt, decay)
+        best, kept, bad = math.inf, None, 0
+        for epoch in range(self.max_epochs):
+            self._mode("batch").train()
+            total = torch.zeros((), device=self.device)
+            for rows in train[torch.randperm(len(train))].split(self.batch_size):
+                value = loss(rows.to(self.device))
+                opt.zero_grad()
+                value.backward()
+                if clip < math.inf:
+                    nn.utils.clip_grad_norm_(net.parameters(), clip)
+                opt.step()
+                total += len(rows) * value.detach()
+            schedule.step()
+            self.losses_.append(float(total) / len(train))
+            if not math.isfinite(self.losses_[-1]):
+                raise ValueError(f"lr must be lower: the loss is {self.losses_[-1]} in epoch {epoch + 1}")
+            if len(held_out) == 0:
+                continue
+            self._mode("sample").eval()
+            with torch.no_grad(), seeded(0, self.device):  # the same entries are hidden each time
+                parts = held_out.to(self.device).split(self.batch_size)
+                score = sum(len(rows) * float(loss(rows)) for rows in parts) / len(held_out)
+            if score < best:
+                best, bad = score, 0
+                kept = {name: value.clone() for name, value in net.state_dict().items()}
+            elif (bad := bad + 1) >= self.patience:
+                break
+        if kept is not None:
+            net.load_state_dict(kept)
+        self._mode("sample").eval()
+
+    def _mode(self, periods: Literal["batch", "sample"]) -> TimesNet:
+        for block in self.net_.blocks:
+            block.periods = periods
+        return self.net_
+
+    def _predict(self, x: Tensor, **inputs: Tensor) -> ndarray:
+        """Return what the trained network makes of its inputs, batch after batch."""
+        with torch.no_grad():
+            out = [
+                self.net_(x[rows], **{name: value[rows] for name, value in inputs.items()})
+                for rows in torch.arange(len(x), device=x.device).split(self.batch_size)
+            ]
+        return torch.cat(out).cpu().numpy()
+
+
+def drawn_seed(random_state: Any) -> int:
+    """Return a seed for torch drawn from ``random_state``."""
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+@contextmanager
+def seeded(seed: int, device: str) -> Iterator[None]:
+    """Run a block under a seed; torch's own state stays, and GPUs that are not used stay asleep."""
+    on_cpu = torch.device(device).type == "cpu"
+    with torch.random.fork_rng(devices=[] if on_cpu else range(torch.cuda.device_count())):
+        (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(seed)
+        yield
