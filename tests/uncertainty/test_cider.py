@@ -74,7 +74,7 @@ def simplex(c, d):
 def test_dispersion_is_least_at_the_regular_simplex(c):
     least = -1 / ((c - 1) * 0.1)
     torch.testing.assert_close(dispersion_loss(simplex(c, 8)), torch.tensor(least, dtype=torch.float64))
-    for seed in range(200):
+    for seed in range(60):
         assert float(dispersion_loss(units(c, 8, seed))) >= least
         near = F.normalize(simplex(c, 8) + 0.05 * units(c, 8, seed), dim=1)
         assert float(dispersion_loss(near)) >= least - 1e-12
@@ -173,16 +173,16 @@ class OnTheSphere(nn.Module):
 @pytest.mark.parametrize("kind", ["ema", "learned"])
 def test_conformance(kind, as_a_user):
     x = torch.randn(8, 5, dtype=torch.float64, generator=rng()).requires_grad_()
-    check_loss(OnTheSphere(kind), x, classes(8, 3), extremes=1e3, symmetric=True)
+    check_loss(OnTheSphere(kind), x, classes(8, 3), extremes=1e3, compiles=kind == "ema", symmetric=True)
 
 
 def test_training_spreads_prototypes_to_the_simplex():
-    x, y = torch.randn(90, 8, generator=rng()).requires_grad_(), torch.arange(90) % 4
+    x, y = torch.randn(32, 8, generator=rng()).requires_grad_(), torch.arange(32) % 4
     loss = CIDERLoss(4, 8)
     loss.initialize(F.normalize(x, dim=1), y)
     start = hypersphere_geometry(x.detach(), y, loss.prototypes)
     opt = torch.optim.SGD([x], lr=5.0)
-    for _ in range(300):
+    for _ in range(150):
         opt.zero_grad()
         loss(F.normalize(x, dim=1), y).backward()
         opt.step()

@@ -14,7 +14,7 @@ from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from posterity.uncertainty import SampledLaplace, sample_posterior, sampled_laplace
+from posterity.uncertainty import SampledLaplace, sampled_laplace
 
 
 def rng(seed=0):
@@ -23,11 +23,6 @@ def rng(seed=0):
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=rng(seed))
-
-
-def softmax_curvature(n, o, seed=0):
-    p = randn(n, o, seed=seed).softmax(1)
-    return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
 
 
 def dense_covariance(J, H, precision):
@@ -52,114 +47,6 @@ def jacobian(model, x, fixed=()):
     return torch.cat([parts[name].flatten(2) for name in free], 2)
 
 
-# Draws of a linear model whose Jacobian is given.
-
-
-@pytest.mark.parametrize("objective", ["low-variance", "standard"])
-@pytest.mark.parametrize("precision", [0.7, "vector"])
-@pytest.mark.parametrize("n", [3, 20])  # n o < p, and not
-def test_draws_have_the_posterior_moments(objective, precision, n):
-    J, H, p = randn(n, 3, 12, seed=1), softmax_curvature(n, 3), 12
-    precision = 0.2 + torch.arange(p, dtype=torch.float64) / p if precision == "vector" else precision
-    z = sample_posterior(J, H, precision, 20_000, objective=objective, solver="cholesky", generator=rng(2))
-    want = dense_covariance(J, H, precision)
-    assert (z.T @ z / len(z) - want).norm() < 0.06 * want.norm()
-    assert (z.mean(0).abs() < 0.03 * want.diag().sqrt()).all()
-
-
-@pytest.mark.parametrize("n", [3, 20])
-@pytest.mark.parametrize("objective", ["low-variance", "standard"])
-def test_solvers_find_the_same_draws(n, objective):
-    J, H = randn(n, 3, 12, seed=1), softmax_curvature(n, 3)
-    precision = 0.5 + torch.arange(12, dtype=torch.float64)
-
-    def draws(solver, **options):
-        return sample_posterior(
-            J, H, precision, 4, objective=objective, solver=solver, generator=rng(3), **options
-        )
-
-    exact = draws("cholesky")
-    torch.testing.assert_close(draws("cg", tol=1e-10), exact, atol=1e-8, rtol=0)
-    assert (draws("cg") - exact).norm() < 1e-5 * exact.norm()
-    tol = 1e-2 if objective == "low-variance" else 3e-2  # minibatches see the noise of its targets
-    A = torch.linalg.inv(dense_covariance(J, H, precision))
-    assert ((draws("sgd", tol=tol) @ A - exact @ A).norm(dim=1) <= 1.01 * tol * (exact @ A).norm(dim=1)).all()
-
-
-def test_minibatches_see_less_noise_in_the_low_variance_objective():
-    """After the same passes its solutions are nearer to the exact draws."""
-    J, H = randn(64, 3, 12, seed=1), softmax_curvature(64, 3)
-    error = {}
-    for objective in ("low-variance", "standard"):
-        exact, found = (
-            sample_posterior(
-                J, H, 1.0, 50, objective=objective, solver=solver, max_iter=200, tol=1e-9, generator=rng(3)
-            )
-            for solver in ("cholesky", "sgd")
-        )
-        error[objective] = float((found - exact).norm() / exact.norm())
-    assert 1.5 * error["low-variance"] < error["standard"]
-
-
-@pytest.mark.parametrize("singular", [False, True])
-def test_both_objectives_have_one_minimiser(singular):
-    J, H = randn(9, 3, 12, seed=1), softmax_curvature(9, 3)
-    H = H if singular else H + 0.5 * torch.eye(3, dtype=H.dtype)
-    a, b = (
-        sample_posterior(J, H, 1.0, 5, objective=objective, solver="cholesky", generator=rng(3))
-        for objective in ("low-variance", "standard")
-    )
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-def test_each_draw_minimises_the_stochastic_objective():
-    """The gradient of the low-variance objective vanishes, its noise being drawn from the generator."""
-    J, H, lam = randn(6, 2, 5, seed=1), softmax_curvature(6, 2), 0.3
-    g = rng(4)
-    a = torch.randn(7, 5, dtype=torch.float64, generator=g)
-    e = torch.randn(7, 6, 2, dtype=torch.float64, generator=g)
-    z = sample_posterior(J, H, lam, 7, solver="cholesky", generator=rng(4)).requires_grad_()
-    values, vectors = torch.linalg.eigh(H)
-    root = vectors * values.clamp_min(0).sqrt()[:, None] @ vectors.mT
-    moved = a / math.sqrt(lam) + torch.einsum("nop,noq,snq->sp", J, root, e) / lam
-    out = torch.einsum("nop,sp->sno", J, z)
-    loss = 0.5 * torch.einsum("sno,noq,snq->", out, H, out) + lam / 2 * (z - moved).square().sum()
-    (gradient,) = torch.autograd.grad(loss, z)
-    assert gradient.abs().max() < 1e-9
-
-
-@pytest.mark.parametrize("solver", ["cg", "cholesky", "sgd"])
-def test_without_data_draws_are_the_prior(solver):
-    z = sample_posterior(randn(0, 2, 3), randn(0, 2, 2), 4.0, 20_000, solver=solver, generator=rng(1))
-    torch.testing.assert_close(z.T @ z / len(z), torch.eye(3).double() / 4, atol=0.01, rtol=0)
-
-
-def test_more_data_lower_the_variance():
-    J, H, at = randn(12, 2, 6, seed=1), softmax_curvature(12, 2), randn(5, 6, seed=5)
-    last = lowest = at.square().sum(1)
-    for n in (1, 3, 12):
-        z = sample_posterior(J[:n], H[:n], 1.0, 40_000, solver="cholesky", generator=rng(2))
-        variance = (z @ at.T).square().mean(0)
-        exact = torch.einsum("mp,pq,mq->m", at, dense_covariance(J[:n], H[:n], 1.0), at)
-        torch.testing.assert_close(variance, exact, rtol=0.05, atol=0)  # seven standard errors
-        assert (exact <= last + 1e-12).all()
-        assert (variance <= 1.03 * lowest).all()
-        last, lowest = exact, variance
-
-
-def test_draws_follow_dtype_and_generator():
-    J, H = randn(4, 2, 3).float(), softmax_curvature(4, 2).float()
-    a, b, c = (sample_posterior(J, H, 1.0, 3, generator=rng(seed)) for seed in (1, 1, 2))
-    assert a.dtype == torch.float32 and torch.equal(a, b) and not torch.equal(a, c)
-
-
-def test_says_when_a_solver_stops_early():
-    J, H = randn(9, 3, 12, seed=1), softmax_curvature(9, 3)
-    for solver in ("cg", "sgd"):
-        with pytest.warns(ConvergenceWarning, match="relative residual"):
-            sample_posterior(J, H, 0.01, 2, solver=solver, max_iter=1, generator=rng())
-
-
 # Networks.
 
 
@@ -176,7 +63,7 @@ class Line(nn.Module):
 
 def test_a_linear_model_is_bayesian_linear_regression():
     x, test, variance, lam = randn(30, 4, seed=1), randn(6, 4, seed=2), 0.3, 0.8
-    model = SampledLaplace(Line(), "regression", n_samples=20_000, prior_precision=lam, noise_variance=variance,
+    model = SampledLaplace(Line(), "regression", n_samples=10_000, prior_precision=lam, noise_variance=variance,
                            g_prior=False, n_em_steps=0, tol=1e-9, generator=rng(3)).fit(x)  # fmt: skip
     posterior = torch.linalg.inv(x.T @ x / variance + lam * torch.eye(4))
     want = test @ posterior @ test.T  # the same for both outputs, which are independent
@@ -184,7 +71,7 @@ def test_a_linear_model_is_bayesian_linear_regression():
     assert torch.equal(mean, Line()(test))
     scale = want.diag()
     for k in range(2):
-        assert ((covariance[:, k, k] / scale - 1).abs() < 0.05).all()  # a standard error is 0.01
+        assert ((covariance[:, k, k] / scale - 1).abs() < 0.05).all()  # a standard error is 0.014
     assert (covariance[:, 0, 1].abs() < 0.05 * scale).all()
     deviation = model.sample(test) - mean
     joint = torch.einsum("kmo,klo->ml", deviation, deviation) / (2 * len(deviation))
@@ -230,8 +117,8 @@ def test_em_follows_the_dense_recursion(likelihood, g_prior):
     with torch.no_grad():
         teacher = net(3, 8, 3, seed=5)(x) * 3
     y = teacher.argmax(1) if likelihood == "classification" else teacher + 0.7 * randn(24, 3, seed=2)
-    found = SampledLaplace(model, likelihood, n_samples=3_000, noise_variance=0.5, g_prior=g_prior, n_em_steps=8,
-                           batch_size=24, tol=1e-5, generator=rng(3)).fit(x, y)  # fmt: skip
+    found = SampledLaplace(model, likelihood, n_samples=600, noise_variance=0.5, g_prior=g_prior, n_em_steps=8,
+                           batch_size=24, tol=1e-4, generator=rng(3)).fit(x, y)  # fmt: skip
     lam, gamma, w = dense_em(jacobian(model, x), y, likelihood, model(x).detach(), g_prior, 8)
     assert abs(found.prior_precision_ / lam - 1) < 0.1
     assert abs(found.effective_dimension_ / gamma - 1) < 0.1
@@ -243,7 +130,7 @@ def test_em_follows_the_dense_recursion(likelihood, g_prior):
 def test_at_the_fixed_point_nothing_is_left_to_solve():
     """The noise is reused and solvers start from the last solution: steps end, without jitter."""
     model, x, y = problem()
-    found = SampledLaplace(model, "classification", n_em_steps=25, generator=rng(3)).fit(x, y)
+    found = SampledLaplace(model, "classification", n_em_steps=16, generator=rng(3)).fit(x, y)
     assert found.history_[0]["n_iter"] > 1 and found.history_[-1]["n_iter"] <= 1
     assert abs(found.history_[-1]["prior_precision"] / found.history_[-2]["prior_precision"] - 1) < 1e-3
 
@@ -305,7 +192,9 @@ def test_any_network_meets_its_explicit_jacobian(name):
     modes = [m.training for m in model.modules()]
     state = copy.deepcopy(model.state_dict())
     x, test = randn(20, width, seed=1), randn(5, width, seed=2)
-    found = SampledLaplace(model, "classification", n_samples=7, n_em_steps=1, batch_size=8, generator=rng(3))
+    found = SampledLaplace(
+        model, "classification", n_samples=7, n_em_steps=1, tol=1e-2, batch_size=8, generator=rng(3)
+    )
     found.fit(x, torch.arange(20) % 3)
     mean, covariance = found.predict(test)
     assert [m.training for m in model.modules()] == modes
@@ -342,10 +231,10 @@ def test_how_a_layer_is_parametrised_does_not_matter_under_the_g_prior():
     model, x, y = problem()
     other = Hundredfold(model[0], model[1:])
     probabilities = {}
-    for g_prior in (True, False):
+    for g_prior in (True, False):  # without it EM is slow, and not needed to see the difference
+        options = {"g_prior": g_prior, "n_em_steps": int(g_prior), "tol": 1e-8, "max_iter": 5_000}
         a, b = (
-            SampledLaplace(m, "classification", g_prior=g_prior, tol=1e-8, max_iter=5_000, generator=rng(2))
-            .fit(x, y).predict_proba(x)
+            SampledLaplace(m, "classification", n_samples=4, generator=rng(2), **options).fit(x, y).predict_proba(x)
             for m in (model, other)
         )  # fmt: skip
         probabilities[g_prior] = float((a - b).abs().max())
@@ -356,36 +245,35 @@ def test_loaders_memory_and_diagonal_choose_the_way_and_not_the_result(monkeypat
     model, x, y = problem()
 
     def fitted(*data, **options):
-        return SampledLaplace(model, "classification", batch_size=8, generator=rng(2), **options).fit(*data)
+        options = {"n_em_steps": 1, "tol": 1e-2, "batch_size": 15, **options}
+        return SampledLaplace(model, "classification", generator=rng(2), **options).fit(*data)
 
     plain = fitted(x, y)
-    loader = DataLoader(TensorDataset(x, y), batch_size=8)
+    loader = DataLoader(TensorDataset(x, y), batch_size=15)
     torch.testing.assert_close(fitted(loader).samples_, plain.samples_)
     assert torch.equal(fitted(x, y.int()).samples_, plain.samples_)
     monkeypatch.setattr(sampled_laplace, "_KEEP_BYTES", 0)
     torch.testing.assert_close(fitted(x, y).samples_, plain.samples_)
     monkeypatch.setattr(sampled_laplace, "_EXACT", 0)
-    estimated = fitted(x, y, n_samples=5_000, n_em_steps=0)
+    estimated = fitted(x, y, n_samples=5_000, n_em_steps=0, tol=1.0)  # its scale is all that is asked for
     torch.testing.assert_close(estimated.scale_, plain.scale_, rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("likelihood", ["classification", "regression"])
-def test_stochastic_gradients_find_the_draws_of_conjugate_gradients(likelihood):
+def test_stochastic_gradients_find_the_draws_of_conjugate_gradients():
+    """And the linear mode with them, which the precision is chosen by."""
     model, x, y = problem()
-    y = y if likelihood == "classification" else F.one_hot(y, 3).double()
-    loader = DataLoader(TensorDataset(x, y), batch_size=10)
-    for steps in (0, 3):
-        options = {"n_samples": 8, "n_em_steps": steps, "max_iter": 200}
-        a = SampledLaplace(model, likelihood, tol=1e-6, generator=rng(2), **options).fit(loader)
-        b = SampledLaplace(model, likelihood, tol=1e-2, generator=rng(2), solver="sgd", **options).fit(loader)
-        assert abs(b.prior_precision_ / a.prior_precision_ - 1) < 0.05
-        assert abs(b.effective_dimension_ / a.effective_dimension_ - 1) < 0.05
-        assert (a.samples_ - b.samples_).norm() < 0.03 * a.samples_.norm()
+    loader = DataLoader(TensorDataset(x, F.one_hot(y, 3).double()), batch_size=10)
+    options = {"n_samples": 8, "noise_variance": 0.6, "n_em_steps": 1, "max_iter": 200}
+    a = SampledLaplace(model, "regression", tol=1e-6, generator=rng(2), **options).fit(loader)
+    b = SampledLaplace(model, "regression", tol=1e-2, generator=rng(2), solver="sgd", **options).fit(loader)
+    assert abs(b.prior_precision_ / a.prior_precision_ - 1) < 0.05
+    assert abs(b.effective_dimension_ / a.effective_dimension_ - 1) < 0.05
+    assert (a.samples_ - b.samples_).norm() < 0.03 * a.samples_.norm()
 
 
 def test_without_steps_the_precision_stays_and_labels_are_not_needed():
     model, x, y = problem()
-    options = {"prior_precision": 3.0, "n_em_steps": 0, "n_samples": 2_000, "tol": 1e-8}
+    options = {"prior_precision": 3.0, "n_em_steps": 0, "n_samples": 1_000, "tol": 1e-5}
     a = SampledLaplace(model, "classification", generator=rng(1), **options).fit(x)
     b = SampledLaplace(model, "classification", generator=rng(1), **options).fit(x, y)
     assert torch.equal(a.samples_, b.samples_)
@@ -400,17 +288,22 @@ def test_without_steps_the_precision_stays_and_labels_are_not_needed():
 
 def test_one_generator_one_posterior():
     model, x, y = problem()
-    a, b, c = (SampledLaplace(model, "classification", generator=rng(s)).fit(x, y) for s in (1, 1, 2))
+    a, b, c = (
+        SampledLaplace(model, "classification", n_em_steps=1, tol=1e-2, generator=rng(s)).fit(x, y)
+        for s in (1, 1, 2)
+    )
     assert torch.equal(a.samples_, b.samples_) and not torch.equal(a.samples_, c.samples_)
-    single = SampledLaplace(copy.deepcopy(model).float(), "classification", n_samples=1, generator=rng(1))
-    single.fit(x.float(), y)
+    single = SampledLaplace(copy.deepcopy(model).float(), "classification", n_samples=1, n_em_steps=1,
+                            generator=rng(1)).fit(x.float(), y)  # fmt: skip
     assert single.samples_.dtype == single.predict_proba(x.float()).dtype == torch.float32
     torch.testing.assert_close(single.predict(x.float())[0], model.float()(x.float()).detach())
 
 
 def test_probabilities_and_likelihoods_are_their_formulas():
     model, x, y = problem()
-    found = SampledLaplace(model, "classification", batch_size=7, generator=rng(1)).fit(x, y)
+    found = SampledLaplace(
+        model, "classification", n_em_steps=1, tol=1e-2, batch_size=16, generator=rng(1)
+    ).fit(x, y)
     draws, (mean, covariance) = found.sample(x), found.predict(x)
     torch.testing.assert_close(found.predict_proba(x), draws.softmax(-1).mean(0))
     shrunk = mean / (1 + math.pi / 8 * torch.diagonal(covariance, dim1=1, dim2=2)).sqrt()
@@ -421,7 +314,9 @@ def test_probabilities_and_likelihoods_are_their_formulas():
     assert found.log_likelihood(x, y, joint=True).shape == ()
 
     t = randn(30, 3, seed=8)
-    found = SampledLaplace(model, "regression", noise_variance=0.4, generator=rng(1)).fit(x, t)
+    found = SampledLaplace(
+        model, "regression", noise_variance=0.4, n_em_steps=1, tol=1e-2, generator=rng(1)
+    ).fit(x, t)
     normal = torch.distributions.Normal(found.sample(x), math.sqrt(0.4))
     each = normal.log_prob(t).sum(-1).exp()
     torch.testing.assert_close(found.log_likelihood(x, t), each.mean(0).log())
@@ -436,9 +331,8 @@ def test_leaves_global_state_alone():
     want = torch.rand(1)
     torch.manual_seed(5)
     fast = torch.backends.mha.get_fastpath_enabled()
-    SampledLaplace(model, "classification", solver="sgd", tol=0.5, generator=rng(1)).fit(x, y).predict_proba(
-        x
-    )
+    found = SampledLaplace(model, "classification", n_em_steps=1, solver="sgd", tol=0.5, generator=rng(1))
+    found.fit(x, y).predict_proba(x)
     assert torch.equal(torch.rand(1), want)
     assert torch.backends.mha.get_fastpath_enabled() == fast and torch.is_grad_enabled()
 
@@ -452,43 +346,13 @@ def test_targets_of_zero_and_a_single_parameter_are_finite():
 def test_warns_when_the_linear_mode_is_not_reached():
     model, x, y = problem()
     with pytest.warns(ConvergenceWarning, match="L-BFGS"):
-        SampledLaplace(model, "classification", max_iter=2, generator=rng(1)).fit(x, y)
+        SampledLaplace(model, "classification", n_em_steps=1, max_iter=2, generator=rng(1)).fit(x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
-        SampledLaplace(model, "classification", generator=rng(1)).fit(x, y)
+        SampledLaplace(model, "classification", n_em_steps=1, generator=rng(1)).fit(x, y)
 
 
 # Bad input.
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"jacobian": randn(4, 3)}, r"jacobian must have shape \(any, any, any\)"),
-        ({"jacobian": torch.zeros(4, 2, 3).long()}, "jacobian must be a floating-point tensor"),
-        ({"curvature": randn(4, 3, 3)}, r"curvature must have shape \(4, 2, 2\)"),
-        ({"curvature": -torch.eye(2).double().expand(4, 2, 2)}, "without negative eigenvalues"),
-        ({"curvature": torch.triu(torch.ones(4, 2, 2)).double()}, "symmetric"),
-        ({"jacobian": torch.full((4, 2, 3), torch.nan)}, "jacobian must be finite"),
-        ({"prior_precision": 0.0}, "prior_precision must be greater than 0"),
-        ({"prior_precision": torch.zeros(3)}, "prior_precision must be positive"),
-        ({"prior_precision": torch.ones(2)}, r"prior_precision must have shape \(3\)"),
-        ({"n_samples": 0}, "n_samples must be an integer of at least 1"),
-        ({"objective": "lowest"}, "objective must be one of"),
-        ({"solver": "lu"}, "solver must be one of"),
-        ({"tol": 0}, "tol must be greater than 0"),
-        ({"max_iter": 0}, "max_iter must be an integer of at least 1"),
-    ],
-)
-def test_refuses_a_bad_linear_model(as_a_user, change, message):
-    given = {
-        "jacobian": randn(4, 2, 3),
-        "curvature": softmax_curvature(4, 2),
-        "prior_precision": 1.0,
-        "n_samples": 2,
-    }
-    with pytest.raises(ValueError, match=message):
-        sample_posterior(**{**given, **change})
 
 
 @pytest.mark.parametrize(
@@ -550,7 +414,7 @@ def test_refuses_data_that_do_not_fit(as_a_user, likelihood, data, message):
 
 def test_refuses_calls_out_of_place(as_a_user):
     model, x, y = problem()
-    found = SampledLaplace(model, "classification", generator=rng(1))
+    found = SampledLaplace(model, "classification", n_em_steps=1, tol=1e-2, generator=rng(1))
     with pytest.raises(ValueError, match="call fit first"):
         found.predict(x)
     found.fit(x, y)

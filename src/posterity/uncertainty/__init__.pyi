@@ -1,6 +1,4 @@
 from posterity.uncertainty.ar_cnp import ARSample as ARSample
-from posterity.uncertainty.ar_cnp import CNP as CNP
-from posterity.uncertainty.ar_cnp import ConvCNP as ConvCNP
 from posterity.uncertainty.ar_cnp import ar_log_likelihood as ar_log_likelihood
 from posterity.uncertainty.ar_cnp import ar_sample as ar_sample
 from posterity.uncertainty.cider import CIDERLoss as CIDERLoss
@@ -9,6 +7,8 @@ from posterity.uncertainty.cider import compactness_loss as compactness_loss
 from posterity.uncertainty.cider import dispersion_loss as dispersion_loss
 from posterity.uncertainty.cider import hypersphere_geometry as hypersphere_geometry
 from posterity.uncertainty.cider import update_prototypes as update_prototypes
+from posterity.uncertainty.cnp import CNP as CNP
+from posterity.uncertainty.conv_cnp import ConvCNP as ConvCNP
 from posterity.uncertainty.esd import ESDLoss as ESDLoss
 from posterity.uncertainty.esd import ESDMetric as ESDMetric
 from posterity.uncertainty.esd import MMCELoss as MMCELoss
@@ -20,9 +20,9 @@ from posterity.uncertainty.forde import RepulsiveEnsemble as RepulsiveEnsemble
 from posterity.uncertainty.forde import fit_input_components as fit_input_components
 from posterity.uncertainty.forde import input_gradient_repulsion as input_gradient_repulsion
 from posterity.uncertainty.gmogp import GMOGPRegressor as GMOGPRegressor
-from posterity.uncertainty.gmogp import attention_coefficients as attention_coefficients
 from posterity.uncertainty.lbanp import LBANP as LBANP
+from posterity.uncertainty.output_attention import attention_coefficients as attention_coefficients
+from posterity.uncertainty.posterior_draws import sample_posterior as sample_posterior
 from posterity.uncertainty.sampled_laplace import SampledLaplace as SampledLaplace
-from posterity.uncertainty.sampled_laplace import sample_posterior as sample_posterior
 from posterity.uncertainty.si_np import SINP as SINP
 from posterity.uncertainty.si_np import self_normalized_weights as self_normalized_weights

@@ -15,79 +15,37 @@ factorisations of size n in place of one of size s n. What is shared is the prio
 is predicted from its own observations alone, under a kernel that the others helped to find.
 """
 
-import math
 import warnings
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from numpy import ndarray
 from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils import check_array, check_consistent_length, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
-from torch.nn import functional as F
 
-from posterity._checks import at_least, finite, floating, has_shape, integer, one_of
+from posterity._checks import at_least, integer, one_of
+from posterity.uncertainty.mixed_kernels import (
+    _bases,
+    _cholesky,
+    _constrain,
+    _evidence,
+    _mixed,
+    _Prior,
+    _squared_distances,
+    _start,
+    _variance,
+)
+from posterity.uncertainty.output_attention import _gram
+from posterity.uncertainty.sinh_arcsinh import _moments, _unwarp
 
-__all__ = ["GMOGPRegressor", "attention_coefficients"]
+__all__ = ["GMOGPRegressor"]
 
-NOISE_FLOOR = 1e-4
 LARGE = 20_000  # rows above which a warning says how much memory the covariances take
 ROWS = 1_024  # rows predicted at once
-ONE = math.log(math.e - 1)  # softplus(ONE) = 1
-
-
-def attention_coefficients(
-    targets: Float[Tensor, "n s"],
-    weight: Float[Tensor, "s s s"],
-    bias: Float[Tensor, "s s s"],
-    negative_slope: float = 0.2,
-) -> Float[Tensor, "s s"]:
-    """Return the weight of each latent process in each output, equation 2.
-
-    Parameters
-    ----------
-    targets : Tensor of shape (n, s)
-        Observations, a column an output; only their directions count.
-    weight, bias : Tensor of shape (s, s, s)
-        W and B; the first index is the output whose graph it is. Of graph i only row i of
-        the scores is used, so other rows of ``bias`` get no gradient.
-    negative_slope : float, default=0.2
-        Slope of LeakyReLU below 0, at least 0.
-
-    Returns
-    -------
-    Tensor
-        Of shape (s, s): row i holds the parents of output i, the diagonal 1, and the rest of
-        a row sums to less than 1.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, ``targets`` are not finite, or ``negative_slope`` is negative.
-
-    References
-    ----------
-    .. [1] Dai, Yan, Yin. Graphical Multioutput Gaussian Process with Attention. ICLR 2024.
-
-    Examples
-    --------
-    Without scores two parents have exp(0) / (1 + 2 exp(0)) each:
-
-    >>> import torch
-    >>> from posterity.uncertainty import attention_coefficients
-    >>> attention_coefficients(torch.eye(3), torch.zeros(3, 3, 3), torch.zeros(3, 3, 3))
-    tensor([[1.0000, 0.3333, 0.3333],
-            [0.3333, 1.0000, 0.3333],
-            [0.3333, 0.3333, 1.0000]])
-    """
-    at_least("negative_slope", negative_slope, 0)
-    s = has_shape("targets", floating("targets", targets), (None, None)).shape[1]
-    for name, value in (("weight", weight), ("bias", bias)):
-        has_shape(name, floating(name, value), (s, s, s), f"targets of {s} outputs")
-    return _attention(_gram(finite("targets", targets)), weight, bias, negative_slope)
 
 
 class GMOGPRegressor(RegressorMixin, MultiOutputMixin, BaseEstimator):
@@ -373,11 +331,11 @@ class GMOGPRegressor(RegressorMixin, MultiOutputMixin, BaseEstimator):
         y = self._tensor((Y - self.y_mean_) / self.y_scale_).T.contiguous()
         return y.nan_to_num(), ~y.isnan()
 
-    def _prior(self) -> "_Prior":
+    def _prior(self) -> _Prior:
         *values, flows = (getattr(self, f"{name}_") for name in _Prior._fields)
         return _Prior(*map(self._tensor, values), flows=None if flows is None else self._tensor(flows))
 
-    def _posterior(self, prior: "_Prior", x: Float[Tensor, "m d"]) -> tuple[Tensor, Tensor]:
+    def _posterior(self, prior: _Prior, x: Float[Tensor, "m d"]) -> tuple[Tensor, Tensor]:
         """Return the mean (s, m) before any transform, and the covariance with training rows (s, n, m)."""
         train, seen = self._tensor(self.X_train_), self._tensor(self._mask)
         cross = _mixed(prior, _bases(prior, train, x)) * seen[:, :, None]
@@ -387,172 +345,3 @@ class GMOGPRegressor(RegressorMixin, MultiOutputMixin, BaseEstimator):
 
 
 _Y_OPTIONS = {"dtype": np.float64, "ensure_2d": False, "ensure_all_finite": "allow-nan"}
-
-
-class _Prior(NamedTuple):
-    """All that a fit learns; ``flows`` is None without a transform."""
-
-    attention: Tensor
-    lengthscale: Tensor
-    outputscale: Tensor
-    mean: Tensor
-    noise: Tensor
-    flows: Tensor | None
-
-
-def _start(s: int, d: int | None, n_flows: int, seed: int, like: Tensor) -> dict[str, Tensor]:
-    """Return the unconstrained parameters: W Xavier uniform, B standard normal, all else 0."""
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(s, s, s, generator=generator, dtype=torch.float64)
-    raw = {
-        "weight": 1.414 * math.sqrt(3 / s) * (2 * uniform - 1),
-        "bias": torch.randn(s, s, s, generator=generator, dtype=torch.float64),
-        "lengthscale": torch.zeros(s) if d is None else torch.zeros(s, d),
-        **{name: torch.zeros(s) for name in ("outputscale", "mean", "noise")},
-    }
-    if n_flows:
-        raw["flows"] = torch.zeros(n_flows, 4, s)
-    return {name: value.to(like).requires_grad_() for name, value in raw.items()}
-
-
-def _constrain(raw: dict[str, Tensor], gram: Float[Tensor, "s s"]) -> _Prior:
-    flows = raw.get("flows")
-    if flows is not None:  # at 0 each map is the identity, and weight decay leads back to it
-        a, b, c, d = flows.unbind(1)
-        flows = torch.stack([a, F.softplus(b + ONE), c, F.softplus(d + ONE)], 1)
-    return _Prior(
-        _attention(gram, raw["weight"], raw["bias"], 0.2),
-        F.softplus(raw["lengthscale"]),
-        F.softplus(raw["outputscale"]),
-        raw["mean"],
-        F.softplus(raw["noise"]) + NOISE_FLOOR,
-        flows,
-    )
-
-
-def _gram(targets: Float[Tensor, "n s"]) -> Float[Tensor, "s s"]:
-    """Return the cosines of outputs; one that is 0 throughout has none."""
-    features = targets / torch.linalg.vector_norm(targets, dim=0).clamp_min(torch.finfo(targets.dtype).tiny)
-    return features.T @ features
-
-
-def _attention(
-    gram: Float[Tensor, "s s"], weight: Float[Tensor, "s s s"], bias: Float[Tensor, "s s s"], slope: float
-) -> Float[Tensor, "s s"]:
-    own = torch.eye(len(gram), dtype=torch.bool, device=gram.device)
-    # row i of (F F') W_i + B_i, the only one that is used
-    scores = (gram[:, None] @ weight)[:, 0] + bias.diagonal().T
-    scores = F.leaky_relu(scores, slope).masked_fill(own, -math.inf)
-    peak = scores.detach().amax(1, keepdim=True).clamp_min(0)
-    parents = (scores - peak).exp()
-    return parents / ((-peak).exp() + parents.sum(1, keepdim=True)) + own
-
-
-def _squared_distances(a: Float[Tensor, "*s n d"], b: Float[Tensor, "*s m d"]) -> Float[Tensor, "*s n m"]:
-    center = b.mean(-2, keepdim=True)  # squares of centred inputs do not cancel
-    a, b = a - center, b - center
-    squares = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :]
-    return (squares - 2 * a @ b.mT).clamp_min(0)
-
-
-def _bases(
-    prior: _Prior, a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], squared: Tensor | None = None
-) -> Float[Tensor, "s n m"]:
-    """Return the kernel of each latent process at variance 1."""
-    scale = prior.lengthscale
-    if scale.ndim == 2:
-        return (-0.5 * _squared_distances(a / scale[:, None], b / scale[:, None])).exp()
-    squared = _squared_distances(a, b) if squared is None else squared
-    return (squared * (-0.5 * scale.pow(-2))[:, None, None]).exp()
-
-
-def _mixed(prior: _Prior, bases: Float[Tensor, "s n m"]) -> Float[Tensor, "s n m"]:
-    """Return the covariance of each output without noise: sum_j a_ij^2 k_j, one matrix product."""
-    return ((prior.attention.square() * prior.outputscale) @ bases.flatten(1)).view_as(bases)
-
-
-def _variance(prior: _Prior) -> Float[Tensor, " s"]:
-    return prior.attention.square() @ prior.outputscale
-
-
-def _evidence(
-    prior: _Prior, x: Float[Tensor, "n d"], y: Float[Tensor, "s n"], mask: Bool[Tensor, "s n"],
-    squared: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the log-density of each output, the Cholesky factors, and K^-1 (y - mean)."""
-    z, stretch = y, y.new_zeros(())
-    if prior.flows is not None:
-        z, stretch = _warp(prior.flows, y)
-    covariance = _mixed(prior, _bases(prior, x, x, squared))
-    noise = prior.noise[:, None].expand_as(z)
-    residual = z - (prior.attention @ prior.mean)[:, None]
-    if not bool(mask.all()):  # a row not observed is alone, with variance 1 and residual 0
-        covariance = covariance * (mask[:, :, None] & mask[:, None, :])
-        noise = torch.where(mask, noise, 1 - covariance.diagonal(dim1=1, dim2=2))
-        residual, stretch = residual * mask, stretch * mask
-    density, factor, alpha = _Gaussian.apply(covariance, noise, residual)
-    constant = 0.5 * math.log(2 * math.pi) * mask.to(y.dtype).sum(1)
-    return density - constant + stretch.sum(-1), factor, alpha
-
-
-class _Gaussian(torch.autograd.Function):
-    """Log-density of residuals under N(0, covariance + diag(noise)), without its constant.
-
-    The gradient in closed form, (alpha alpha' - K^-1) / 2, costs one inverse from the factor;
-    autograd would solve with the factor several times.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, covariance: Tensor, noise: Tensor, residual: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        factor = _cholesky(covariance, noise)
-        alpha = torch.cholesky_solve(residual[:, :, None], factor)[:, :, 0]
-        ctx.save_for_backward(factor, alpha)
-        ctx.mark_non_differentiable(factor, alpha)
-        logdet = factor.diagonal(dim1=1, dim2=2).log().sum(1)
-        return -0.5 * (residual * alpha).sum(1) - logdet, factor, alpha
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor]:
-        factor, alpha = ctx.saved_tensors
-        slope = torch.cholesky_inverse(factor).neg_()
-        slope.baddbmm_(alpha[:, :, None], alpha[:, None]).mul_(0.5 * grads[0][:, None, None])
-        return slope, slope.diagonal(dim1=1, dim2=2), -grads[0][:, None] * alpha
-
-
-def _cholesky(covariance: Float[Tensor, "s n n"], noise: Float[Tensor, "s n"]) -> Float[Tensor, "s n n"]:
-    """Factorise covariance + diag(noise), with jitter on the diagonal only if it is needed."""
-    for jitter in (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4):
-        matrix = covariance.clone()
-        matrix.diagonal(dim1=1, dim2=2).add_(noise + jitter)
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if not bool(info.any()):
-            return factor
-    raise ValueError("a covariance is not positive definite, even with a jitter of 1e-4: lower lr")
-
-
-def _warp(flows: Float[Tensor, "k 4 s"], y: Float[Tensor, "s n"]) -> tuple[Tensor, Tensor]:
-    """Return T(y) and log T'(y) for the composition of d sinh(b arcsinh(y) - a) + c."""
-    stretch = torch.zeros_like(y)
-    for a, b, c, d in flows[..., None]:
-        inner = b * y.arcsinh() - a
-        stretch = stretch + (b * d).log() + inner.cosh().log() - 0.5 * y.square().log1p()
-        y = d * inner.sinh() + c
-    return y, stretch
-
-
-def _unwarp(flows: Float[Tensor, "k 4 s"], z: Float[Tensor, "s m p"]) -> Float[Tensor, "s m p"]:
-    """Return the inverse of T, applied to each output's values."""
-    for a, b, c, d in flows.flip(0)[..., None, None]:
-        z = ((((z - c) / d).arcsinh() + a) / b).sinh()
-    return z
-
-
-def _moments(flows: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation of T^-1 of a Gaussian, by 32 Gauss-Hermite points."""
-    points, weights = (mean.new_tensor(part) for part in np.polynomial.hermite_e.hermegauss(32))
-    y = _unwarp(flows, mean[:, :, None] + std[:, :, None] * points)
-    weights = weights / weights.sum()
-    center = y @ weights
-    return center, ((y - center[:, :, None]).square() @ weights).sqrt()

@@ -39,7 +39,7 @@ def _tests(trial: Trial, source: FunctionData, n_tasks: int) -> dict[int, Tasks]
     arms=("ConvCNP", "AR ConvCNP"),
     metric="joint log-likelihood a target, mean over 3, 10 and 20 context points",
     better="higher",
-    smallest={"steps": 20, "n_tasks": 4},
+    smallest={"steps": 2, "n_tasks": 4, "points_per_unit": 4},
 )
 def joint_predictions(
     trial: Trial,
@@ -77,7 +77,7 @@ def joint_predictions(
     where="Bruinsma et al., Section 3",
     metric="largest mean gain over the exact joint log-density over orders, in standard errors",
     limit=1.0,
-    smallest={"steps": 20, "n_tasks": 8},
+    smallest={"steps": 2, "n_tasks": 8, "points_per_unit": 4},
 )
 def never_above_the_truth(
     trial: Trial, steps: Count = 500, n_tasks: Count = 128, points_per_unit: Count = 16

@@ -133,7 +133,7 @@ def _geometry(net: nn.Module, parts: dict[str, Tensor]) -> dict[str, float]:
     arms=("SupCon", "compactness only", "CIDER"),
     metric="mean angle between class means of training embeddings, degrees",
     better="higher",
-    smallest={"epochs": 1},
+    smallest={"epochs": 1, "n_known": 2},
 )
 def dispersion(
     trial: Trial, data: Images = "digits", n_known: Annotated[int, Between(2)] = 6, epochs: Count = 60
@@ -163,7 +163,7 @@ def dispersion(
     metric="false positive rate at 95 % of known inputs kept",
     better="lower",
     reason="Ten easy classes of 8 x 8 pixels collapse, and unknown digits collapse with them: it belongs to natural images.",
-    smallest={"epochs": 1},
+    smallest={"epochs": 1, "n_known": 2},
 )
 def detection(
     trial: Trial,

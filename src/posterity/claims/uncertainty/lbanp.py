@@ -106,7 +106,7 @@ def _score(model: nn.Module, trial: Trial, data: str, steps: int, lr: float) -> 
     arms=("CNP", "LBANP"),
     metric="log-likelihood a target",
     better="higher",
-    smallest={"steps": 30},
+    smallest={"steps": 3, "n_layers": 1, "n_latents": 2},
 )
 def bottleneck_suffices(
     trial: Trial,
@@ -143,7 +143,7 @@ def bottleneck_suffices(
     where="Feng et al., Section 4",
     metric="rank correlation of log-likelihood and number of latents",
     low=0.5,
-    smallest={"steps": 10},
+    smallest={"steps": 1},
 )
 def more_latents(
     trial: Trial, data: Functions = "gp-smooth", steps: Count = 600, lr: Positive = 1e-3, n_layers: Count = 1
@@ -166,7 +166,7 @@ def more_latents(
     where="Feng et al., Section 3",
     metric="exponent, in context points, of decoding time over that of matrix products of fixed size",
     high=0.1,
-    smallest={"largest": 400, "queries": 50},
+    smallest={"largest": 400, "queries": 50, "repeats": 2},
     timed=True,
 )
 def flat_queries(

@@ -92,7 +92,7 @@ def _mode(jac: Tensor, y: Tensor, lam: float, start: Tensor) -> Tensor:
     where="the paper's experiments",
     metric="larger of the effective dimension's relative error over 0.15 and the precision's log error over 0.2",
     limit=1.0,
-    smallest={"width": 4, "n_train": 60, "steps": 30},
+    smallest={"width": 2, "n_train": 60, "steps": 10, "n_samples": 4, "n_em_steps": 2},
 )
 def exact_algebra(
     trial: Trial, data: Images = "digits", net: str = "mlp", width: Count = 32, n_train: Count = 500, steps: Count = 300,
@@ -132,7 +132,7 @@ def _rotated(x: Tensor, degrees: float) -> Tensor:
     arms=("MAP", "sampled Laplace"),
     metric="negative log-likelihood of rotated test images",
     better="lower",
-    smallest={"width": 8, "n_train": 100, "steps": 30},
+    smallest={"width": 1, "n_train": 1_700, "steps": 5, "n_samples": 2, "n_em_steps": 1},
 )
 def away_from_the_data(
     trial: Trial, data: Images = "digits", net: str = "mlp", width: Count = 32, n_train: Count = 500, steps: Count = 300,

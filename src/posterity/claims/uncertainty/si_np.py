@@ -72,7 +72,7 @@ OBJECTIVES = {"NP (ELBO)": _elbo, "ML-NP": _maximum_likelihood, "SI-NP": _em}
     arms=("NP (ELBO)", "SI-NP"),
     metric="log-likelihood a target, 32 samples",
     better="higher",
-    smallest={"steps": 20},
+    smallest={"steps": 3, "width": 8, "dim_latent": 4},
 )
 def better_likelihood(
     trial: Trial,
