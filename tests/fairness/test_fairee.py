@@ -433,3 +433,19 @@ def test_the_estimator_refuses_bad_input(as_a_user):
         model.predict(X, sensitive_features=groups + 1)
     with pytest.raises(ValueError, match="sensitive_features must be given"):
         model.predict(X)
+
+
+@pytest.mark.parametrize("gap", [np.nan, None, pd.NA], ids=str)
+def test_a_missing_group_is_named_by_its_row(as_a_user, gap):
+    rng = np.random.default_rng(0)
+    y, a = rng.integers(0, 2, (2, 600))
+    x = rng.normal(size=(600, 3)) + y[:, None]
+    groups = pd.Series(np.where(a == 1, "u", "v"), dtype=object)
+    groups[7] = gap
+    with pytest.raises(ValueError, match="groups must not be missing, got none in row 7"):
+        FaiREE(random_state=0).fit(x, y, sensitive_features=groups)
+    with pytest.raises(ValueError, match="groups must not be missing, got no value in row 7"):
+        fair_thresholds(x[:, 0], y, groups)
+    model = FaiREE(random_state=0).fit(x, y, sensitive_features=a)
+    with pytest.raises(ValueError, match="in row 7 of sensitive_features"):
+        model.predict(x, sensitive_features=groups)

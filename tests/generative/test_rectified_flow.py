@@ -582,3 +582,11 @@ def loss(x1=X, x0=None, net=zero, **options):
 def test_refuses_bad_input_by_name(as_a_user, call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "field", [lambda x, t: x * torch.nan, lambda x, t: 100 * x**3], ids=["NaN", "blows up"]
+)
+def test_a_field_that_blows_up_is_said_in_our_words(as_a_user, field):
+    with pytest.raises(ValueError, match="the field must stay finite along its paths for method 'rk45'"):
+        RectifiedFlow(2).sample(field, 4, method="rk45", generator=torch.Generator().manual_seed(0))

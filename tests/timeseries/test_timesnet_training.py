@@ -292,3 +292,30 @@ def test_fitted_estimators_refuse_other_series(as_a_user):
 def test_a_rate_that_diverges_is_named(as_a_user):
     with pytest.raises(ValueError, match="lr must be lower"):
         TimesNetForecaster(horizon=2, seq_len=12, lr=1e30, **QUICK).fit(daily(60))
+
+
+SMALL = {"max_epochs": 1, "d_model": 4, "d_ff": 4, "n_layers": 1, "n_kernels": 1, "random_state": 0}
+
+
+@pytest.mark.parametrize("rows", [30, 31, 33, 36, 40])
+def test_a_forecaster_works_from_the_stated_least_length_on(as_a_user, rows):
+    X = np.random.default_rng(0).normal(size=(rows, 2))
+    model = TimesNetForecaster(horizon=6, seq_len=24, **SMALL).fit(X)
+    assert model.predict().shape == (6, 2)
+    with pytest.raises(ValueError, match="at least 30 rows"):
+        TimesNetForecaster(horizon=6, seq_len=24, **SMALL).fit(X[:29])
+
+
+@pytest.mark.parametrize("rows", [24, 25, 27, 40])
+def test_an_imputer_and_a_detector_work_from_the_stated_least_length_on(as_a_user, rows):
+    X = np.random.default_rng(0).normal(size=(rows, 2))
+    assert TimesNetImputer(seq_len=24, **SMALL).fit(X).transform(X).shape == X.shape
+    assert len(TimesNetDetector(seq_len=24, **SMALL).fit(X).predict(X)) == rows
+
+
+def test_fitting_inside_no_grad_trains(as_a_user):
+    X = np.sin(np.arange(60) / 3)[:, None]
+    plain = TimesNetForecaster(horizon=6, seq_len=24, **SMALL).fit(X)
+    with torch.no_grad():
+        model = TimesNetForecaster(horizon=6, seq_len=24, **SMALL).fit(X)
+    np.testing.assert_array_equal(model.predict(), plain.predict())

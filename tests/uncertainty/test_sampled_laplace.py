@@ -424,3 +424,11 @@ def test_refuses_calls_out_of_place(as_a_user):
         found.log_likelihood(x, y[:3])
     with pytest.raises(ValueError, match="predict_proba is for classification"):
         SampledLaplace(model, "regression", n_em_steps=0).fit(x).predict_proba(x)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_input_that_is_not_finite_is_refused(as_a_user, bad):
+    x, y = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
+    x[0, 0] = bad
+    with pytest.raises(ValueError, match="X must be finite, got NaN or infinity"):
+        SampledLaplace(torch.nn.Linear(3, 2), "classification").fit(x, y)

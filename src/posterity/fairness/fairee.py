@@ -15,6 +15,7 @@ of the largest scores breaks alpha = 0.1 with probability 0.024.
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy import ndarray
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
 from sklearn.linear_model import LogisticRegression
@@ -212,10 +213,16 @@ class FaiREE(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
 
     def _groups(self, X: Any, sensitive_features: Any) -> ndarray:
         if sensitive_features is not None:
-            return column_or_1d(sensitive_features)
-        if self.sensitive_column is None:
+            groups = column_or_1d(sensitive_features)
+        elif self.sensitive_column is not None:
+            groups = column_or_1d(_safe_indexing(X, self.sensitive_column, axis=1))
+        else:
             raise ValueError("sensitive_features must be given where sensitive_column is None, got None")
-        return column_or_1d(_safe_indexing(X, self.sensitive_column, axis=1))
+        if len(missing := np.flatnonzero(pd.isna(groups))):
+            raise ValueError(
+                f"groups must not be missing, got none in row {missing[0]} of sensitive_features"
+            )
+        return groups
 
     def _scores(self, X: Any) -> ndarray:
         if hasattr(self.estimator_, "predict_proba"):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from numpy import ndarray
 from sklearn.utils.validation import column_or_1d
@@ -195,6 +196,9 @@ def fair_thresholds(
 
 def _cells(y: ndarray, groups: ndarray) -> tuple[ndarray, ndarray, ndarray, ndarray]:
     """Return classes, codes of y, groups and codes of groups, all four cells being occupied."""
+    for name, values in (("y", y), ("groups", groups)):
+        if len(missing := np.flatnonzero(pd.isna(values))):
+            raise ValueError(f"{name} must not be missing, got no value in row {missing[0]}")
     (labels, positive), (names, group) = (np.unique(v, return_inverse=True) for v in (y, groups))
     for name, values, one, many in (("y", labels, "class", "classes"), ("groups", names, "group", "groups")):
         if (count := len(values)) != 2:

@@ -17,6 +17,8 @@ from posterity._checks import at_least, integer, one_of, within
 
 __all__ = ["Trajectory"]
 
+DIVERGES = "the field must stay finite along its paths for method 'rk45': its steps vanish where it blows up or is NaN"
+
 Method = Literal["euler", "heun", "rk45"]
 Field = Callable[[Tensor, Tensor], Tensor]  # (time of no dimension, state) -> slope
 
@@ -99,7 +101,7 @@ def _adaptive(
         start = y.detach().flatten().double().cpu().numpy()
         found = solve_ivp(flat, (t0, t1), start, method="RK45", rtol=rtol, atol=atol)
         if not found.success:
-            raise RuntimeError(f"the ODE could not be solved: {found.message}") from None
+            raise ValueError(DIVERGES) from None
         path = torch.as_tensor(found.y.T.copy()).to(y).reshape(-1, *y.shape)
         return torch.as_tensor(found.t).to(y), list(path)
 
@@ -113,6 +115,9 @@ def _adaptive(
     wide.callback_accept_step = accepted
     span = torch.tensor([t0, t1], dtype=torch.float64, device=y.device)
     options = {"step_t": span[1:]}  # land on the end: no look past t1, no interpolation there
-    found: Any = odeint(wide, y.double(), span, rtol=rtol, atol=atol, method="dopri5", options=options)
+    try:
+        found: Any = odeint(wide, y.double(), span, rtol=rtol, atol=atol, method="dopri5", options=options)
+    except AssertionError as error:  # its way to say that the step has become too small
+        raise ValueError(DIVERGES) from error
     accepted(span[1], found[1])
     return torch.stack(times).to(y.dtype), [state.to(y.dtype) for state in states]

@@ -85,7 +85,7 @@ class SeriesEstimator(BaseEstimator):
         nothing else. A series too short for both is all for training.
         """
         held = max(round(self.validation_fraction * time), horizon or seq_len)
-        train = torch.arange(time - held - seq_len - horizon + 1 if held < time else 0)
+        train = torch.arange(max(0, time - held - seq_len - horizon + 1))
         first = time - held - (seq_len if horizon else 0)
         if self.validation_fraction == 0 or len(train) == 0:
             return torch.arange(time - seq_len - horizon + 1), torch.arange(0)
@@ -105,6 +105,7 @@ class SeriesEstimator(BaseEstimator):
                 *self._by_time(time, seq_len, horizon),
             )
 
+    @torch.enable_grad()
     def _train(
         self, net: TimesNet, loss: Callable[[Tensor], Tensor], train: Tensor, held_out: Tensor,
         optimizer: type[torch.optim.Optimizer] = torch.optim.Adam, decay: float = 0.5, clip: float = math.inf,

@@ -175,6 +175,8 @@ class SampledLaplace:
         n = n_batches = 0
         for x, target in data():
             x = tangent.to(x)
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError("X must be finite, got NaN or infinity")
             if n == 0:
                 n_outputs, saved = tangent.measure(x)
             likelihood.check(target, len(x), n_outputs)
