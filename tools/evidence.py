@@ -10,7 +10,7 @@ from pathlib import Path
 from posterity.engine.discovery import claim_outlines
 from posterity.engine.plan import plan_claims
 from posterity.engine.run import execute
-from posterity.engine.store import Store
+from posterity.engine.store import Outcome, Store
 from posterity.engine.verdicts import judge, settling
 from posterity.papers import DOMAINS, get, papers
 from posterity.site.figures import alone, dots
@@ -50,8 +50,22 @@ def current(path, plans):
             continue
         data = {"data": row["data"]} if row["data"] is not None else {}
         if {**data, **row["params"]} == json.loads(json.dumps(plan.params)):
-            kept[row["claim"]] = {**row, "says": plan.outline.facts["says"]}
+            aside = {name: row[name] for name in ("seconds", "records", "curves")}
+            kept[row["claim"]] = {
+                **judge(plan.paper.slug, plan.outline, outcomes_of(row, plan.jobs)),
+                **aside,
+            }
     return kept
+
+
+def outcomes_of(row, jobs):
+    """Return the trials of a row, so that it can be judged again."""
+    if "arms" in row:
+        by_seed = zip(*(facts["values"] for facts in row["arms"].values()), strict=True)
+        values = [dict(zip(row["arms"], each, strict=True)) for each in by_seed]
+    else:
+        values = row["value"]["values"]
+    return [(job, Outcome(value=value)) for job, value in zip(jobs, values, strict=True)]
 
 
 def main() -> None:
