@@ -77,7 +77,7 @@ def read_graph(source: Source) -> GraphData:
     options = source.option({"directed": ("yes", "no")})
     if len(source.paths) > 1:
         return _planetoid(source.name, list(source.paths))
-    (path,) = source.paths
+    path = source.paths[0]
     directed = options.get("directed", "yes" if path.stem.endswith("_directed") else "no")
     return _arrays(path, directed == "yes")
 

@@ -80,9 +80,11 @@ def read_series(source: Source) -> SeriesData:
 
 def _wide(long: pd.DataFrame, name: str) -> pd.DataFrame:
     """Return a column a variable and a row a time."""
-    if (missing := long[["time", "variable"]].isna().any(axis=1)).any():
+    missing = long[["time", "variable"]].isna().to_numpy().any(axis=1)
+    if missing.any():
         raise ValueError(f"{name}: row {int(np.flatnonzero(missing)[0]) + 1} lacks its time or variable")
-    if (twice := long.duplicated(["time", "variable"])).any():
+    twice = long.duplicated(["time", "variable"]).to_numpy()
+    if twice.any():
         row = long[twice].iloc[0]
         raise ValueError(f"{name}: {row['variable']} at {row['time']} appears twice")
     frame = long.pivot(index="time", columns="variable", values="value").reset_index()

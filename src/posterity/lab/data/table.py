@@ -137,7 +137,7 @@ def _pick(frame: pd.DataFrame, target: str | None, name: str, note: str) -> Tabl
     if len(unknown := np.flatnonzero(np.isinf(pd.to_numeric(frame[target], errors="coerce")))):
         raise ValueError(f"{name}: target {target!r} is infinite in row {unknown[0] + 1}")
     known = frame[target].notna()
-    if not known.any():
+    if not known.to_numpy().any():
         raise ValueError(f"{name}: target {target!r} has no value in any row")
     if dropped := int((~known).sum()):
         note += f"; {dropped:,} rows without a target left out"
