@@ -75,9 +75,9 @@ def load_graph(data: str, *, seed: int = 0) -> GraphData:
 def read_graph(source: Source) -> GraphData:
     """Return the graph in an .npz file, or in the files of a Planetoid set."""
     options = source.option({"directed": ("yes", "no")})
-    if len(source.paths) > 1:
-        return _planetoid(source.name, list(source.paths))
-    path = source.paths[0]
+    path, *others = source.paths
+    if others:
+        return _planetoid(source.name, [path, *others])
     directed = options.get("directed", "yes" if path.stem.endswith("_directed") else "no")
     return _arrays(path, directed == "yes")
 

@@ -83,7 +83,7 @@ def _wide(long: pd.DataFrame, name: str) -> pd.DataFrame:
     missing = long[["time", "variable"]].isna().to_numpy().any(axis=1)
     if missing.any():
         raise ValueError(f"{name}: row {int(np.flatnonzero(missing)[0]) + 1} lacks its time or variable")
-    twice = long.duplicated(["time", "variable"]).to_numpy()
+    twice = np.asarray(long.duplicated(["time", "variable"]))
     if twice.any():
         row = long[twice].iloc[0]
         raise ValueError(f"{name}: {row['variable']} at {row['time']} appears twice")
