@@ -114,7 +114,7 @@ def _in_order(frame: pd.DataFrame, given: str | None, name: str, done: list[str]
             raise ValueError(f"{name}: {clocks[0]!r} is a time of day without a day: leave it out")
         return frame
     when = frame[dates[0]]
-    if when.isna().any():
+    if np.asarray(when.isna()).any():
         raise ValueError(
             f"{name}: column {dates[0]!r} has no time in row {int(np.flatnonzero(when.isna())[0]) + 1}"
         )
