@@ -52,8 +52,12 @@ def test_show_gives_the_lines_needs_claims_and_citation(command):
     assert shown["claims"][0]["says"]
     assert shown["cite"].startswith("@inproceedings")
     _, text, _ = command("show", "esd")
-    for part in ("For:", "Use it", "Needs:", "Claims:", "Cite:"):
+    for part in ("For:", "Use it", "Needs:", "Claims:", "Parity:", "Cite:"):
         assert part in text
+    assert shown["parity"]["values"] > 3000
+    assert "3,399 values of the authors' code (github.com/hee-suk-yoon/ESD), in float64" in text
+    _, text, _ = command("show", "polygcl")
+    assert re.search(r"inconclusive; about \d+ seeds would settle it, if the spread stays as seen", text)
     _, text, _ = command("show", "othello-world")
     assert "Not implemented yet." in text
 
