@@ -1,7 +1,6 @@
 """Sphinx configuration; pages of papers and domains are written from records and evidence."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -35,7 +34,6 @@ nitpicky = False
 suppress_warnings = ["docutils"]  # method docstrings are plain text with equations, not markup
 
 HERE = Path(__file__).parent
-EVIDENCE = HERE.parent / "evidence"
 
 
 def number(value):
@@ -51,8 +49,7 @@ def interval(facts):
 
 def paper_page(paper):
     """Return the page of one implemented paper."""
-    path = EVIDENCE / f"{paper.slug}.json"
-    evidence = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"claims": []}
+    evidence = paper.evidence()
     rows = {row["claim"]: row for row in evidence["claims"]}
     extra = f'`pip install "posterity[{paper.extra}]"`' if paper.extra else "nothing beyond the core"
     out = [
@@ -90,7 +87,7 @@ def paper_page(paper):
             "```",
             "",
         ]
-    if evidence.get("parity"):
+    if evidence["parity"]:
         out += ["## Parity", "", f"{agreement(evidence['parity'])}.", ""]
     if paper.departures:
         out += ["## Departures from the paper, and slips of official code not copied", ""]
@@ -135,8 +132,7 @@ def write_pages():
     rows = ["# Papers", "", "| paper | domain | what it does | verdicts |", "|---|---|---|---|"]
     for paper in papers().values():
         name = f"[{paper.slug}]({paper.slug}.md)" if paper.implemented else paper.slug
-        path = EVIDENCE / f"{paper.slug}.json"
-        found = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.is_file() else []
+        found = paper.evidence()["claims"]
         rows.append(
             f"| {name} | {paper.domain} | {paper.summary} | {', '.join(r['verdict'] for r in found)} |"
         )

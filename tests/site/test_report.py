@@ -49,7 +49,16 @@ def test_pages_hold_what_they_promise_and_ask_for_nothing_outside(report):
         page = (report.parent / f"{paper.slug}.html").read_text()
         for outline in claim_outlines(paper):
             assert outline.name in page
-        for part in ("Verdict:", "<svg", "<desc", "@inproceedings", "Use it", "Environment", "Parameters"):
+        for part in (
+            "Verdict:",
+            "<svg",
+            "<desc",
+            "@inproceedings",
+            "Use it",
+            "Environment",
+            "Parameters",
+            "Parity",
+        ):
             assert part in page
         assert "<script>alert" not in page
         assert 'src="' not in page

@@ -1,15 +1,12 @@
 """The index on the command line: list, search, show."""
 
 import difflib
-import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-import posterity
 from posterity.cli._app import AsJson, Domain, Slug, app, dump, say
 from posterity.papers import DOMAINS, Paper, get, papers
 
@@ -113,13 +110,13 @@ def show(slug: Slug, as_json: AsJson = False) -> None:
     from posterity.engine.verdicts import agreement, settling
 
     paper = get(slug)
-    shipped = _shipped(slug)
+    shipped = paper.evidence()
     facts: dict[str, Any] = {
         **_index_row(paper), "authors": list(paper.authors), "track": paper.track, "url": paper.url,
         "for": paper.problem, "kind": paper.kind, "lines": paper.lines, "module": paper.module,
         "exports": list(paper.exports),
         "needs": {"labels": paper.labels, "gpu": paper.gpu, "extra": paper.extra},
-        "departures": list(paper.departures), "parity": shipped.get("parity"), "claims": [], "cite": paper.bibtex(),
+        "departures": list(paper.departures), "parity": shipped["parity"], "claims": [], "cite": paper.bibtex(),
     }  # fmt: skip
     last = {row["claim"]: row for row in shipped["claims"]}
     last |= {row["claim"]: row for row in _remembered(slug)}
@@ -157,12 +154,6 @@ def show(slug: Slug, as_json: AsJson = False) -> None:
         for number, text in enumerate(paper.departures, start=1):
             print(f"  {number}. {text}")
     print(f"\nCite:\n{paper.bibtex()}")
-
-
-def _shipped(slug: str) -> dict[str, Any]:
-    """Return the evidence that came with the package."""
-    path = Path(posterity.__file__).parent / "evidence" / f"{slug}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"claims": []}
 
 
 def _remembered(slug: str) -> list[dict[str, Any]]:

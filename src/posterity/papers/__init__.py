@@ -137,6 +137,12 @@ class Paper:
             path = Path(spec.origin) if spec and spec.origin else self._root / "missing"
         return path if path.is_file() else None
 
+    def evidence(self) -> dict[str, Any]:
+        """Return what came with the package: the rows of its ``claims`` and its ``parity``, None without."""
+        path = self._root / "evidence" / f"{self.slug}.json"
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {"claims": [], "parity": None, **stored}
+
     def bibtex(self) -> str:
         """Return the citation, made from the record."""
         family = self.authors[0].rsplit(" ", 1)[-1].lower()

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from posterity.engine.discovery import claim_outlines
 from posterity.engine.statistics import describe_range
 from posterity.engine.store import Job, Outcome
-from posterity.engine.verdicts import judge, settling
+from posterity.engine.verdicts import agreement, judge, settling
 from posterity.papers import papers
 from posterity.site import figures
 
@@ -44,7 +44,10 @@ def write_report(groups: Iterable[Group], out: Path) -> Path:
     for slug, mine in sorted(by_paper.items()):
         paper = papers()[slug]
         claims = [_claim(slug, group) for group in mine]
-        page = pages.get_template("paper.html").render(paper=paper, claims=claims, environment=_versions())
+        parity = paper.evidence()["parity"]
+        page = pages.get_template("paper.html").render(
+            paper=paper, claims=claims, parity=parity and agreement(parity), environment=_versions()
+        )
         (out / f"{slug}.html").write_text(page, encoding="utf-8")
         for claim in claims:
             row = claim["row"]
