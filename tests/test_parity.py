@@ -20,6 +20,13 @@ def test_outputs_are_those_of_other_code(slug, as_a_user):
     assert (FOLDER / f"{slug}.npz").stat().st_size < 100_000, "a small file: fewer or smaller cases"
 
 
+def test_a_paper_without_parity_is_told_what_it_lacks():
+    with pytest.raises(
+        ValueError, match=r"othello-world lacks tests/parity/othello_world\.py: CONTRIBUTING says"
+    ):
+        compare("othello-world")
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "says"),
     [

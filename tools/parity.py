@@ -15,6 +15,11 @@ FOLDER = Path(__file__).parent.parent / "tests" / "parity"
 def compare(slug):
     """Return against what a paper's outputs were compared, how many values, the largest difference."""
     path = FOLDER / f"{slug.replace('-', '_')}.py"
+    for each in (path, FOLDER / f"{slug}.npz"):
+        if not each.is_file():
+            raise ValueError(
+                f"{slug} lacks tests/parity/{each.name}: CONTRIBUTING says how a paper gets its parity"
+            )
     spec = spec_from_file_location(f"parity_{path.stem}", path)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
