@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from posterity.lab.data import (
+    _apart,
     load_functions,
     load_graph,
     load_images,
@@ -13,6 +14,7 @@ from posterity.lab.data import (
     load_series,
     load_table,
     read_frame,
+    with_options,
 )
 
 ROWS = range(1, 41)
@@ -112,6 +114,24 @@ def test_a_row_of_another_width_and_leading_zeros_are_not_passed_over(csv):
     codes = load_table(csv("zip,x,y\n01234,1,2\n98765,3,4\n"), target="y", task="regression")
     assert codes.X["zip"].tolist() == ["01234", "98765"]
     assert "leading zeros in 'zip'" in codes.note
+
+
+def test_a_sign_is_a_class_and_among_numbers_it_is_asked_about(csv):
+    signs = load_table(csv("x,y\n" + "".join(f"{i / 2},{'+-'[i % 2]}\n" for i in ROWS)), target="y")
+    assert (len(signs.y), signs.classes) == (40, ("+", "-"))
+    path = csv("x,y\n" + "".join(f"{'-' if i == 7 else i},{i / 4}\n" for i in ROWS))
+    with pytest.raises(ValueError, match="column 'x' has numbers and '-': missing=- reads that as missing"):
+        load_table(path, target="y", task="regression")
+    assert load_table(f"{path}?missing=-", target="y", task="regression").X["x"].isna().sum() == 1
+
+
+@pytest.mark.parametrize("value", ["a b", "50%", "n/a,?", "x&y", "+", "ü=1"])
+def test_an_option_behind_a_file_comes_back_as_it_was_given(csv, value):
+    path = csv("x,y\n1,2\n3,4\n")
+    assert _apart(with_options(path, {"missing": value, "header": "yes"})) == (
+        path,
+        {"missing": value, "header": "yes"},
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pandas as pd
 
 __all__ = ["MISSING", "Column", "Refusal", "settle", "survey"]
 
-MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", ".", "-", "#N/A", "<NA>")
+MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", ".", "#N/A", "<NA>")
 NUMBERS = {  # ways of writing numbers that are not Python's: pattern, what is taken out, decimal mark
     "decimal comma": (r"[+-]?(?:\d+(?:,\d*)?|,\d+)(?:[eE][+-]?\d+)?", "", ","),
     "thousands comma": (r"[+-]?\d{1,3}(?:,\d{3})*(?:\.\d+)?", ",", "."),
