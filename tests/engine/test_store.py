@@ -3,6 +3,7 @@
 import sqlite3
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,18 @@ def test_two_processes_write_one_store(tmp_path):
     found = Store(path).all()
     assert len(found) == 120
     assert all(outcome.value == float(job.claim[1]) for job, outcome in found)
+
+
+def test_processes_that_open_a_new_store_at_the_same_moment_all_get_it(tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path; from posterity.engine.store import Store\n"
+        "while time.time() < float(sys.argv[2]): pass\n"
+        "Store(Path(sys.argv[1]))"
+    )
+    for k in range(5):
+        words = [sys.executable, "-c", script, str(tmp_path / f"{k}.sqlite"), str(time.time() + 0.4)]
+        running = [subprocess.Popen(words) for _ in range(4)]
+        assert [process.wait() for process in running] == [0] * 4
 
 
 def test_a_store_that_cannot_be_used_is_said(tmp_path):

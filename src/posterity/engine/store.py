@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -86,6 +87,7 @@ class Outcome:
     ended: str = ""
 
 
+PATIENCE = 60  # seconds to wait for other processes
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS trials (
     key TEXT PRIMARY KEY, paper TEXT NOT NULL, claim TEXT NOT NULL, job TEXT NOT NULL,
@@ -108,14 +110,26 @@ class Store:
         self.path = path or home() / "trials.sqlite"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._open() as connection:
-                connection.executescript("PRAGMA journal_mode=WAL;" + SCHEMA)
+            self._prepare()
         except (OSError, sqlite3.Error) as error:
             raise ValueError(f"the store {self.path} cannot be used: {error}; set POSTERITY_HOME") from error
 
+    def _prepare(self) -> None:
+        """Make the tables. Who switches a new file to WAL has it alone, and SQLite lets nobody wait for that."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with self._open() as connection:
+                    connection.executescript("PRAGMA journal_mode=WAL;" + SCHEMA)
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
+
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.path, timeout=60)
+        connection = sqlite3.connect(self.path, timeout=PATIENCE)
         try:
             with connection:  # one transaction
                 yield connection
