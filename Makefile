@@ -6,7 +6,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 WORKERS ?= 2
 export POSTERITY_DATA ?= $(wildcard ../shared/data)
 
-.PHONY: demo test lint docs evidence bench stubs clean
+.PHONY: demo test lint docs evidence comparisons bench fuzz stubs clean
 
 demo: .venv/core
 	$(BIN)/posterity run rectified-flow --claim one_step
@@ -23,19 +23,26 @@ lint: .venv/lint
 	$(BIN)/python -m tools.docstrings
 
 docs: .venv/docs
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html/manual
+	$(BIN)/posterity site -o docs/_build/html
 
 evidence: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.evidence $(SLUGS)
 
+comparisons: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.comparisons $(TASKS)
+
 bench: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench $(SLUGS)
+
+fuzz: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.fuzz $(or $(MINUTES),10) $(SLUGS)
 
 stubs: .venv/core
 	$(BIN)/python -m posterity.stubs
 
 clean:
-	rm -rf .venv docs/_build posterity-report
+	rm -rf .venv docs/_build posterity-report posterity-site
 
 .venv/made:
 	$(PYTHON) -m venv .venv

@@ -36,6 +36,7 @@ def test_conforms_to_its_kind(as_a_user):
             "check_sample_weight_equivalence_on_dense_data": reason,
             "check_sample_weight_equivalence_on_sparse_data": reason,
         },
+        invariant=["shift X", "scale X"],
     )
 
 

@@ -11,6 +11,8 @@ from scipy.special import betainc, betaln
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.naive_bayes import GaussianNB
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_array
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -258,7 +260,8 @@ class Parity(FaiREE):
     """
 
     def fit(self, X, y):
-        validate_data(self, X, y)
+        first = check_array(validate_data(self, X, y)[0])[:, 0]
+        self.level_, self.spread_ = first.mean(), np.ptp(first) or 1.0
         codes = np.unique(np.asarray(y), return_inverse=True)[1]
         for self.scale_ in range(1, 1000):  # until each class of each group has two rows
             if np.bincount(2 * codes.ravel() + self._groups(X, None), minlength=4).min() >= 2:
@@ -271,7 +274,8 @@ class Parity(FaiREE):
         return super().decision_function(X, sensitive_features=sensitive_features)
 
     def _groups(self, X, sensitive_features):
-        return np.floor(self.scale_ * check_array(X)[:, 0]).astype(np.int64) % 2
+        first = (check_array(X)[:, 0] - self.level_) / self.spread_  # in no unit
+        return np.floor(self.scale_ * first).astype(np.int64) % 2
 
 
 def table(seed=0, n=800):
@@ -355,7 +359,9 @@ def test_true_gaps_on_fresh_data_are_as_promised():
 def test_conforms_to_its_kind(as_a_user):
     reason = "one of its classes has too few of the ten rows for two groups in either half"
     check_estimator(
-        Parity(alpha=0.9, delta=0.9, random_state=0), expected_failures={"check_fit2d_1feature": reason}
+        Parity(make_pipeline(StandardScaler(), LogisticRegression()), alpha=0.9, delta=0.9, random_state=0),
+        expected_failures={"check_fit2d_1feature": reason},
+        invariant=["shift X", "scale X"],
     )
 
 
@@ -412,11 +418,11 @@ def test_the_estimator_refuses_bad_input(as_a_user):
         model.fit(X, y)
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         model.fit(X, y, sensitive_features=groups[1:])
-    with pytest.raises(ValueError, match="groups must have two groups, got 3 groups: 0, 1, 2"):
+    with pytest.raises(ValueError, match="sensitive_features must have two groups, got 3 groups: 0, 1, 2"):
         model.fit(X, y, sensitive_features=np.arange(len(y)) % 3)
     with pytest.raises(ValueError, match=r"calibration_size must be in \(0, 1\)"):
         FaiREE(calibration_size=1.0).fit(X, y, sensitive_features=groups)
-    with pytest.raises(ValueError, match="needs two rows to be split, got one"):
+    with pytest.raises(ValueError, match="give each group two rows of each class to be split, got one"):
         model.fit(
             X, y, sensitive_features=np.where(np.arange(len(y)) == int(y.argmax()), 0, np.where(y, 1, groups))
         )
@@ -429,7 +435,7 @@ def test_the_estimator_refuses_bad_input(as_a_user):
     with pytest.raises(NotFittedError):
         model.predict(X, sensitive_features=groups)
     model.fit(X, y, sensitive_features=groups)
-    with pytest.raises(ValueError, match=r"groups must be among \[0, 1\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"sensitive_features must be among \[0, 1\], got \[2\]"):
         model.predict(X, sensitive_features=groups + 1)
     with pytest.raises(ValueError, match="sensitive_features must be given"):
         model.predict(X)
@@ -442,10 +448,10 @@ def test_a_missing_group_is_named_by_its_row(as_a_user, gap):
     x = rng.normal(size=(600, 3)) + y[:, None]
     groups = pd.Series(np.where(a == 1, "u", "v"), dtype=object)
     groups[7] = gap
-    with pytest.raises(ValueError, match="groups must not be missing, got none in row 7"):
+    with pytest.raises(ValueError, match="sensitive_features must not be missing, got none in row 7"):
         FaiREE(random_state=0).fit(x, y, sensitive_features=groups)
     with pytest.raises(ValueError, match="groups must not be missing, got no value in row 7"):
         fair_thresholds(x[:, 0], y, groups)
     model = FaiREE(random_state=0).fit(x, y, sensitive_features=a)
-    with pytest.raises(ValueError, match="in row 7 of sensitive_features"):
+    with pytest.raises(ValueError, match="sensitive_features must not be missing, got none in row 7"):
         model.predict(x, sensitive_features=groups)

@@ -273,6 +273,11 @@ GOOD = torch.randn(3, 4), torch.tensor([[0, 1], [1, 2]])
         (lambda: AntiSymmetricConv(4)(*GOOD, torch.ones(3)), r"edge_weight must have shape \(2\) for edge_index"),
         (lambda: ADGN(4, 4, 2, 1, level="graph")(*GOOD, batch=torch.zeros(2).long()), r"batch must have shape \(3\) for x"),
         (lambda: local_jacobian_eigenvalues(AntiSymmetricConv(4, act="sigmoid"), *GOOD), "act of the layer must be one of"),
+        (lambda: ADGN(4, 4, 2, 1, level="graph")(*GOOD, batch=torch.zeros(3)), "batch must hold integers, got dtype torch.float32"),
+        (lambda: ADGN.pool(GOOD[0], torch.tensor([0, -1, 0])), "batch must not be negative, got -1"),
+        (lambda: ADGN.pool(GOOD[0].long(), None), "x must be a floating-point tensor"),
+        (lambda: local_jacobian_eigenvalues(AntiSymmetricConv(4), GOOD[0] / 0, GOOD[1]), "x must be finite"),
+        (lambda: local_jacobian_eigenvalues(AntiSymmetricConv(4), *GOOD, torch.ones(2) / 0), "edge_weight must be finite"),
     ],
 )  # fmt: skip
 def test_refuses_bad_input_by_name(as_a_user, call, message):

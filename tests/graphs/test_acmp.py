@@ -446,6 +446,8 @@ GOOD = torch.randn(3, 4), torch.tensor([[0, 1], [1, 2]])
         (lambda: consensus_growth_rate(ACMPConv(4, source=True), *GOOD), "got 'difference' and source=True"),
         (lambda: consensus_growth_rate(ACMPConv(4), GOOD[0], GOOD[1][:, :1]), "must connect all nodes, at least 2, got 3 in 2 parts"),
         (lambda: consensus_growth_rate(ACMPConv(4), GOOD[0][:1], NONE), "at least 2, got 1 in 1 parts"),
+        (lambda: consensus_growth_rate(ACMPConv(4), *GOOD, torch.ones(2) / 0), "x and edge_weight must be finite"),
+        (lambda: trapping_radius(ACMPConv(4), GOOD[0][:0], NONE), "x must have at least one node"),
     ],
 )  # fmt: skip
 def test_refuses_bad_input_by_name(as_a_user, call, message):

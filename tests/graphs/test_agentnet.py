@@ -1,5 +1,7 @@
 """Choices, aggregation and walks of AgentNet against their laws, and what agents may not see."""
 
+import math
+
 import networkx as nx
 import pytest
 import torch
@@ -334,6 +336,40 @@ def test_wrong_arguments_are_refused(as_a_user):
             "temperature",
         ),
         (lambda: straight_through_choice(torch.ones(2), torch.zeros(3).long(), 1), "index must have shape"),
+        (lambda: net(x, e, torch.zeros(5)), "batch must hold integers"),
+        (lambda: net(x, e, torch.zeros(5).long() - 1), "batch must not be negative, got -1"),
+        (lambda: net(x, e, start=torch.zeros(3)), "start must hold integers"),
+        (lambda: net(x, e, csr=(e, e)), r"csr\[0\] must have shape \(6\) for the nodes"),
+        (lambda: net(x, e, csr=(torch.zeros(6).long(), x)), r"csr\[1\] must hold integers"),
+        (lambda: edged(x, e, None, torch.ones(8, 2).long()), "edge_attr must be a floating-point tensor"),
+        (lambda: AgentNet.csr(e, -1), "num_nodes must be an integer of at least 0, got -1"),
+        (lambda: AgentNet.csr(e, 4), r"edge_index must name nodes in 0\.\.3 of num_nodes, got 4"),
+        (
+            lambda: straight_through_choice(torch.ones(2), torch.tensor([0, 1]), 1),
+            r"index must name groups in 0\.\.0, got 1",
+        ),
+        (
+            lambda: straight_through_choice(torch.ones(2), torch.tensor([0, 2]), 3),
+            "index must leave no group empty, got none of group 1",
+        ),
+        (lambda: log_aggregate(x, torch.arange(5), 4), r"index must name groups in 0\.\.3, got 4"),
+        (
+            lambda: log_aggregate(x, torch.arange(5), 2.5),
+            "num_groups must be an integer of at least 0, got 2.5",
+        ),
+        (lambda: log_aggregate(x, torch.arange(4), 5), r"index must have shape \(5\) for values"),
+        (lambda: log_aggregate(x.long(), torch.arange(5), 5), "values must be a floating-point tensor"),
+        (
+            lambda: log_aggregate(x, torch.arange(5), 5, torch.ones(4)),
+            r"weight must have shape \(5\) for values",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_what_is_not_finite_walks_on_and_shows_in_the_result():
+    x, e = torch.full((5, 4), math.nan), undirected(nx.path_graph(5))
+    assert make()(x, e).isnan().all()
+    chosen, weight = straight_through_choice(torch.tensor([0.0, math.nan]), torch.tensor([0, 1]), 2)
+    assert chosen.tolist() == [0, 1] and weight[1].isnan()

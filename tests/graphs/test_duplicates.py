@@ -163,6 +163,8 @@ X, HALVES = torch.randn(4, 3), torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).bool()
         (lambda: duplicate_leakage(Y, HALVES[0], HALVES[0] & False), "test_mask must not be empty"),
         (lambda: duplicate_leakage(Y, HALVES, HALVES.flip(0)[:, :3]), r"test_mask must have shape \(2, 4\)"),
         (lambda: duplicate_leakage(Y, HALVES[0].long(), HALVES[1]), "train_mask must be a mask of bool, got dtype torch.int64"),
+        (lambda: duplicate_leakage(Y.float(), HALVES[0], HALVES[1]), "groups must hold integers, got dtype torch.float32"),
+        (lambda: duplicate_leakage(Y - 9, HALVES[0], HALVES[1]), "groups must not be negative"),
     ],
 )  # fmt: skip
 def test_refuses_bad_input_by_name(as_a_user, call, message):

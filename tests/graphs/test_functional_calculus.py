@@ -109,6 +109,7 @@ ONE_WAY = torch.tensor([[0, 1, 1], [1, 0, 2]])
         (lambda: apply_filter(heat, X, PAIR, method="contour", center=3.0, radius=2.5), "radius must be greater than 3 to enclose the spectrum from 3, got 2.5"),
         (lambda: apply_filter(lambda z: z.sum(), X, PAIR), r"g must return a tensor of the shape it is given, \(3,\), got \(\)"),
         (lambda: apply_filter(lambda z: 1.0, X, PAIR, method="contour"), r"shape it is given, \(32,\), got float"),
+        (lambda: apply_filter(heat, X[:0], PAIR[:, :0]), "x must have at least one node"),
     ],
 )  # fmt: skip
 def test_refuses_bad_input_by_name(as_a_user, call, message):

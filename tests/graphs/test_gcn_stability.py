@@ -455,18 +455,14 @@ def test_graph_level_conforms_and_leading_axes_share_the_graph(as_a_user):
 
 
 X, PAIR = torch.randn(3, 4, generator=rng()), torch.tensor([[0, 1], [1, 0]])
-ONE_WAY = torch.tensor([[0, 1, 1], [1, 0, 2]])
-HALF = torch.tensor([True, False])
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ResolventConv(0, 1), "in_channels must be an integer of at least 1"),
-        (lambda: ResolventConv(1, 0), "out_channels must be an integer of at least 1"),
+        (lambda: ResolventConv(0, 1), "in_channels must be an integer of at least 1"), (lambda: ResolventConv(1, 0), "out_channels must be an integer of at least 1"),
         (lambda: ResolventConv(1, 1, 0), "order must be an integer of at least 1, got 0"),
-        (lambda: ResolventConv(1, 1, shift=0.0), "shift must be greater than 0, got 0.0"),
-        (lambda: StableGCN(1, 1, 1, 0), "num_layers must be an integer of at least 1"),
+        (lambda: ResolventConv(1, 1, shift=0.0), "shift must be greater than 0, got 0.0"), (lambda: StableGCN(1, 1, 1, 0), "num_layers must be an integer of at least 1"),
         (lambda: StableGCN(1, 1, 1, order=0), "order must be an integer of at least 1"),
         (lambda: StableGCN(1, 1, 1, shift=-1.0), "shift must be greater than 0, got -1.0"),
         (lambda: StableGCN(1, 1, 1, act="gelu"), "act must be one of 'relu', 'tanh', 'abs', got 'gelu'"),
@@ -487,17 +483,6 @@ HALF = torch.tensor([True, False])
         (lambda: ResolventConv(4, 1)(X, PAIR, None, torch.ones(2)), r"node_weight must have shape \(3\) for the nodes"),
         (lambda: ResolventConv(4, 1)(X, PAIR, None, torch.tensor([1.0, 1.0, 0.0])), "node_weight must be positive and finite, got 0.0 at node 2"),
         (lambda: StableGCN(4, 1, 1)(X, PAIR, batch=torch.zeros(2).long()), r"batch must have shape \(3\) for x"),
-        (lambda: collapse_strong_edges(PAIR, 0, None, 1.0), "num_nodes must be an integer of at least 1"),
-        (lambda: collapse_strong_edges(PAIR, 2, None, torch.ones(3) > 0), r"strong must have shape \(2\) for edge_index, got \(3,\)"),
-        (lambda: collapse_strong_edges(PAIR, 2, None, HALF), "strong must be symmetric, got 0 -> 1 without 1 -> 0"),
-        (lambda: collapse_strong_edges(PAIR, 2, torch.tensor([1.0, 9.0]), 5.0), "strong must be symmetric, got 1 -> 0 without 0 -> 1"),
-        (lambda: collapse_strong_edges(PAIR, 2, None, torch.ones(2)), "strong must be a mask or a number, got dtype torch.float32"),
-        (lambda: collapse_strong_edges(PAIR, 2, None, 0.0), "strong must be greater than 0"),
-        (lambda: collapse_strong_edges(PAIR, 2, None, 1.0).lift(X), r"f must have shape \(1, 4\) for the coarse graph"),
-        (lambda: collapse_strong_edges(PAIR, 2, None, 1.0).project(X), r"f must have shape \(2, 4\) for the fine graph"),
-        (lambda: collapse_bound(PAIR, 2, torch.tensor([1.0, 2.0]), 0.5), "edge_weight must be symmetric, got (1|2) for . -> ., (1|2) back"),
-        (lambda: collapse_bound(ONE_WAY, 3, None, torch.tensor([True, True, False])), "edge_weight must be symmetric, got 1 for 1 -> 2, 0 back"),
-        (lambda: collapse_bound(PAIR, 2, None, 1.0, shift=0), "shift must be greater than 0"),
         (lambda: filter_gain(ResolventConv(1, 1), torch.tensor([-1.0])), "spectrum must hold eigenvalues of at least 0"),
         (lambda: filter_gain(ResolventConv(1, 1), torch.tensor([])), "spectrum must hold eigenvalues of at least 0"),
         (lambda: filter_gain(ResolventConv(1, 1), torch.tensor([math.nan])), "spectrum must be finite"),
@@ -505,6 +490,9 @@ HALF = torch.tensor([True, False])
         (lambda: stability_bound(StableGCN(1, 1, 1), 1.0, -1.0, measure=1.0), "input_norm must be at least 0"),
         (lambda: stability_bound(StableGCN(1, 1, 1), 1.0, 1.0, input_error=-1.0, measure=1.0), "input_error must be"),
         (lambda: stability_bound(StableGCN(1, 1, 1), 1.0, 1.0, measure=0.0), "measure must be greater than 0"),
+        (lambda: StableGCN(4, 1, 1)(X[:0], PAIR[:, :0]), r"x must have at least one node, got shape \(0, 4\)"),
+        (lambda: StableGCN(4, 1, 1, pool="mean")(X, PAIR, batch=torch.tensor([0, 0, -1])), "batch must not be negative, got -1"),
+        (lambda: StableGCN(4, 1, 1, pool="mean")(X, PAIR, batch=torch.zeros(3)), "batch must hold integers"),
     ],
 )  # fmt: skip
 def test_refuses_bad_input_by_name(as_a_user, call, message):

@@ -396,7 +396,7 @@ def test_nodes_that_the_colours_merge_get_equal_outputs():
 def test_wrong_arguments_are_refused(as_a_user):
     e, n = edges(nx.path_graph(4))
     one_way = torch.tensor([[0, 1, 2], [1, 0, 3]])
-    net = small()
+    net, spd, heads = small(), shortest_path_distance(e, 4)[None], (torch.ones(1, 2, 3, 3),) * 2
     for call, message in [
         (lambda: resistance_distance(one_way, 4), "2 -> 3 lacks its reverse"),
         (lambda: shortest_path_distance(one_way, 4), "lacks its reverse"),
@@ -431,6 +431,53 @@ def test_wrong_arguments_are_refused(as_a_user):
         (lambda: GraphormerGD(3, dropout=1.0), "dropout"),
         (lambda: net(torch.ones(4, 2), e), "x must have shape"),
         (lambda: net(torch.ones(4, 3), e, distances=(torch.ones(1, 3, 3),) * 2), r"distances\[0\]"),
+        (lambda: net(torch.ones(4, 3), e, distances=(-spd, spd)), r"distances\[0\] must be at least 0"),
+        (lambda: resistance_distance(e, -1), "num_nodes must be an integer of at least 0, got -1"),
+        (lambda: resistance_distance(e, 4, batch=torch.zeros(4)), "batch must hold integers"),
+        (
+            lambda: resistance_distance(e, 4, batch=torch.zeros(4).long() - 1),
+            "batch must not be negative, got -1",
+        ),
+        (lambda: biconnectivity(e, 2.5), "num_nodes must be an integer"),
+        (
+            lambda: gd_wl_colors(e[:, [0, 0, 3]], 2),
+            "edge_index must list an edge as often in both directions, got [12] and [12]",
+        ),
+        (lambda: gd_wl_colors(e, 4, colors=torch.zeros(4)), "colors must hold integers"),
+        (lambda: gd_wl_equivalent(e, n, one_way, 4), "edge_index_b must list both directions: 2 -> 3"),
+        (lambda: gd_wl_equivalent(e, 3, e, n), r"edge_index_a must name nodes in 0\.\.2, got 3"),
+        (lambda: gd_wl_equivalent(e, n, e, -1), "num_nodes_b must be an integer of at least 0, got -1"),
+        (
+            lambda: gd_wl_equivalent(e, n, e[:, [0, 0, 3]], 2),
+            "edge_index_b must list an edge as often in both directions",
+        ),
+        (
+            lambda: net(torch.ones(4, 3), e[:, [0, 0, 3]]),
+            "edge_index must list an edge as often in both directions",
+        ),
+        (lambda: DistanceBias(2)(spd - 1, spd), "spd must be at least 0, got -1"),
+        (lambda: DistanceBias(2)(spd[..., :3], spd), r"spd must have shape \(any, 3, 3\)"),
+        (lambda: DistanceBias(2)(spd, spd[0]), r"rd must have shape \(1, 4, 4\) for spd"),
+        (
+            lambda: GDAttention(4, 2)(torch.ones(1, 3, 2), *heads),
+            r"x must have shape \(any, any, 4\) for this layer",
+        ),
+        (
+            lambda: GDAttention(4, 2)(torch.ones(1, 3, 4), heads[0][:, :1], heads[0]),
+            r"bias must have shape \(1, 2, 3, 3\)",
+        ),
+        (
+            lambda: GDAttention(4, 2)(torch.ones(1, 3, 4), heads[0], heads[0][..., :2]),
+            r"mul must have shape \(1, 2, 3, 3\)",
+        ),
+        (
+            lambda: GDAttention(4, 2)(torch.ones(1, 3, 4), *heads, torch.ones(1, 3)),
+            "mask must be a mask of bool",
+        ),
+        (
+            lambda: GDAttention(4, 2)(torch.ones(1, 3, 4), *heads, torch.ones(1, 2) > 0),
+            r"mask must have shape \(1, 3\) for x",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

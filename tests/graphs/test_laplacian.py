@@ -6,6 +6,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from torch_geometric.data import Data
 
 from posterity.graphs import AddLaplacianEigs, SignNet, eigenspaces, laplacian_eigs
 
@@ -157,6 +158,9 @@ W = laplacian_eigs(PATH, 3)[0]
         (lambda: eigenspaces(W * float("nan")), "eigvals must be in ascending order and not NaN"),
         (lambda: eigenspaces(W[None]), r"eigvals must have shape \(any\), got \(1, 3\)"),
         (lambda: eigenspaces(W, tol=-1.0), "tol must be in"),
+        (lambda: AddLaplacianEigs(2)(Data(edge_index=PATH - 1, num_nodes=3)), r"data.edge_index must name nodes in 0\.\.2, got -1"),
+        (lambda: AddLaplacianEigs(2)(Data(edge_index=PATH[:, :0], num_nodes=0)), "data.num_nodes must be an integer of at least 1, got 0"),
+        (lambda: AddLaplacianEigs(2)(Data(edge_index=PATH, num_nodes=3, edge_weight=-torch.ones(4))), "data.edge_weight must be at least 0, got -1.0"),
     ],
 )  # fmt: skip
 def test_refuses_bad_input_by_name(as_a_user, call, message):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import multivariate_normal
+from torch_geometric.data import Data
 
 from posterity.graphs import (
     CSBM,
@@ -365,7 +366,7 @@ def test_wrong_arguments_are_refused(model, as_a_user):
         (lambda: CSBM(K=-1), "K must be"),
         (lambda: CSBM(sigma=0), "sigma must be"),
         (lambda: CSBM(n_features=0), "n_features"),
-        (lambda: csbm.log_likelihood(x, e, y + 1, 0), "y must be 0 or 1"),
+        (lambda: csbm.log_likelihood(x, e, y + 1, 0), r"y must name classes in 0\.\.1, got 2"),
         (lambda: csbm.log_likelihood(x, e, y[:5], 0), "y must have shape"),
         (lambda: csbm.log_likelihood(x, e, y, 150), "node must be in 0..149"),
         (lambda: csbm.log_likelihood(x[:, :2], e, y, 0), "x must have shape"),
@@ -374,8 +375,8 @@ def test_wrong_arguments_are_refused(model, as_a_user):
         (lambda: bayes_robustness(csbm, x, e, y, 0, near), "must not be neighbours of node 0"),
         (lambda: bayes_robustness(csbm, x, e, y, 0, torch.tensor([0])), "the node itself"),
         (lambda: bayes_robustness(csbm, x, e, y, 0, far[[0, 0]]), "must not repeat"),
-        (lambda: bayes_robustness(csbm, x, e, y, 0, torch.tensor([999])), "candidates must be nodes"),
-        (lambda: bayes_robustness(csbm, x, e, y, 0, torch.tensor([-2, 3])), "candidates must be nodes"),
+        (lambda: bayes_robustness(csbm, x, e, y, 0, torch.tensor([999])), "candidates must name nodes in"),
+        (lambda: bayes_robustness(csbm, x, e, y, 0, torch.tensor([-2, 3])), "candidates must name nodes in"),
         (lambda: bayes_robustness(csbm, x, e, y, 0, far, -1), "max_edges"),
         (lambda: model_robustness(lambda x, e: x[:3], x, e, 0, 0, far), "predict must return scores"),
         (lambda: with_label_propagation(lambda x, e: x[0], y)(x, e), "predict must return scores"),
@@ -383,11 +384,40 @@ def test_wrong_arguments_are_refused(model, as_a_user):
         (lambda: with_label_propagation(None, y, num_classes=1), "num_classes"),
         (lambda: propagate_labels(x, y[:3], known, e, alpha=1.0), "alpha"),
         (lambda: propagate_labels(x, y[:3], torch.tensor([0, 0, 1]), e), "known must not repeat"),
-        (lambda: propagate_labels(x, y[:3], torch.tensor([0, 1, 150]), e), "known must be nodes"),
+        (lambda: propagate_labels(x, y[:3], torch.tensor([0, 1, 150]), e), "known must name nodes in"),
         (lambda: propagate_labels(x, y[:2], known, e), "y_known must have shape"),
-        (lambda: propagate_labels(x, y[:3] + 90, known, e), "y_known must be classes"),
+        (lambda: propagate_labels(x, y[:3] + 90, known, e), "y_known must name classes in"),
         (lambda: semantic_robustness(lambda x, e: x, csbm, graph, n_nodes=0), "n_nodes"),
         (lambda: SemanticRobustness(*torch.ones(3, 2).long()).violation_rate("all"), "budget must be one of"),
+        (lambda: csbm.log_likelihood(x.long(), e, y, 0), "x must be a floating-point tensor"),
+        (lambda: csbm.log_likelihood(x, e + 150, y, 0), r"edge_index must name nodes in 0\.\.149"),
+        (
+            lambda: csbm.sample_node(Data(x=x[:, :2], edge_index=e, y=y)),
+            r"data.x must have shape \(any, \d+\) for this model",
+        ),
+        (lambda: csbm.sample_node(Data(x=x, edge_index=e - 1, y=y)), "data.edge_index must name nodes in"),
+        (
+            lambda: semantic_robustness(lambda x, e: x, csbm, Data(x=x, edge_index=e, y=y + 1)),
+            r"data.y must name classes in 0\.\.1, got 2",
+        ),
+        (lambda: attack_candidates(x, y.float(), e, 0), "y must hold integers"),
+        (lambda: attack_candidates(x, y, e - 1, 0), r"edge_index must name nodes in 0\.\.149 of x, got -1"),
+        (lambda: bayes_robustness(csbm, x, e, y, 0, far.float()), "candidates must hold integers"),
+        (
+            lambda: model_robustness(lambda x, e: x, x, e, 0, -1, far),
+            "label must be an integer of at least 0, got -1",
+        ),
+        (lambda: propagate_labels(y[:, None], y[:3], known, e), "scores must be a floating-point tensor"),
+        (
+            lambda: propagate_labels(x, y[:3], known, e - 1),
+            r"edge_index must name nodes in 0\.\.149 of scores, got -1",
+        ),
+        (lambda: propagate_labels(x, y[:3], known.float(), e), "known must hold integers"),
+        (lambda: with_label_propagation(None, y + 1), r"y_known must name classes in 0\.\.1, got 2"),
+        (
+            lambda: with_label_propagation(None, y)(x[:5], e[:, :0]),
+            "y_known must have at most a label a node, got 150 for 5",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

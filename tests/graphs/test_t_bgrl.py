@@ -422,6 +422,32 @@ def test_wrong_arguments_are_refused(as_a_user):
         (lambda: hits_at_k(torch.ones(0), torch.ones(3)), "pos"),
         (lambda: hits_at_k(torch.ones(2), torch.ones(3), 0), "k must be"),
         (lambda: LinkDecoder(3)(torch.ones(4, 2), e), "z must have shape"),
+        (lambda: bgrl_loss(*[torch.ones(3, 0)] * 4), "at least one feature, got {'q1'"),
+        (lambda: GCNEncoder(5)(x.long(), e), "x must be a floating-point tensor"),
+        (lambda: augment_graph(x[0], e, drop_edge=0, drop_feature=0), r"x must have shape \(any, any\)"),
+        (
+            lambda: augment_graph(x, e + 70, drop_edge=0, drop_feature=0),
+            r"edge_index must name nodes in 0\.\.\d+ of x",
+        ),
+        (lambda: corrupt_graph(x, e.float()), "edge_index must hold integers"),
+        (lambda: net.loss((4, e), (x, e)), r"view1\[0\] must be a floating-point tensor, got int"),
+        (lambda: net.loss((x, e), (x, e + 70)), r"view2\[1\] must name nodes in"),
+        (
+            lambda: TBGRL(GCNEncoder(x.shape[1], 4, 4), 3).loss((x, e), (x, e)),
+            r"encoder\(x, edge_index\) must have shape \(\d+, 3\) for out_channels",
+        ),
+        (lambda: fit_tbgrl(net, x, e + 70), "edge_index must name nodes in"),
+        (lambda: LinkDecoder(5)(x[:, :5].long(), e), "z must be a floating-point tensor"),
+        (lambda: LinkDecoder(2)(torch.ones(4, 2), e + 70), r"edge_index must name nodes in 0\.\.3 of z"),
+        (
+            lambda: fit_link_decoder(x[:1], e[:, :1] * 0, e[:, :1] * 0, e[:, :1] * 0),
+            r"z must have at least two rows and a column, got \(1, \d+\)",
+        ),
+        (lambda: fit_link_decoder(x, e + 70, e, e), "train_pos must name nodes in"),
+        (lambda: fit_link_decoder(x, e, e[:, :0], e), "val_pos must not be empty"),
+        (lambda: fit_link_decoder(x, e, e, e - 1), r"val_neg must name nodes in 0\.\.\d+ of z, got -1"),
+        (lambda: fit_link_decoder(x, e, e, e, k=0), "k must be"),
+        (lambda: hits_at_k(torch.ones(2).long(), torch.ones(3)), "pos must be a floating-point tensor"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

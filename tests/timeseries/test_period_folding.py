@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from posterity.testing import check_layer
+from posterity.testing._low_precision import check_low_precision
 from posterity.timeseries import TimesBlock, dominant_periods
 
 
@@ -171,6 +173,26 @@ def test_block_and_periods_refuse_what_does_not_fit(as_a_user):
         TimesBlock(3, 3, periods=[13])(x)
     with pytest.raises(ValueError, match="for this d_model"):
         TimesBlock(4, 3)(x)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_periods_are_those_of_the_series_in_any_precision_and_unit(as_a_user, scale):
+    x = rhythms().requires_grad_()
+    check_low_precision(lambda x: dominant_periods(x, 3), None, (x,), slack=2)
+    periods, amplitudes = dominant_periods(x, 3)
+    found, moved = dominant_periods(scale * x, 3)
+    assert torch.equal(found, periods)
+    torch.testing.assert_close(moved / scale, amplitudes)
+
+
+@pytest.mark.parametrize("periods", ["batch", "sample", [24, 8]])
+def test_shares_are_those_of_amplitudes_before_rounding(as_a_user, periods):
+    torch.manual_seed(0)
+    x = (
+        rhythms(n=1, time=480, channels=3, dtype=torch.float32)
+        + rhythms(n=2, time=480, dtype=torch.float32)[1:]
+    )
+    check_layer(TimesBlock(3, 4, top_k=2, n_kernels=2, periods=periods), x, shape=x.shape)
 
 
 def test_a_copy_keeps_its_periods():

@@ -1,5 +1,6 @@
 """TimesNet against a literal reference with the authors' parameter names, and its invariances."""
 
+import copy
 import math
 
 import pytest
@@ -162,6 +163,15 @@ def test_conforms_to_its_kind(as_a_user, task, periods):
     options = {"mask": torch.rand(5, 48, 3) < 0.7} if task == "impute" else {}
     shape = {"forecast": (5, 12, 3), "classify": (5, 3)}.get(task, (5, 48, 3))
     check_layer(net, rhythms(dtype=torch.float32), shape=shape, **options)
+
+
+@pytest.mark.parametrize("task", ["forecast", "impute", "detect"])
+def test_squares_of_a_narrow_series_do_not_overflow(as_a_user, task):
+    net, x = network(task, torch.float32, periods=[24, 5]), 2000 * rhythms(dtype=torch.float32).half()
+    options = {"mask": torch.ones(5, 48, 3)} if task == "impute" else {}
+    low, exact = copy.deepcopy(net).half()(x, **options), net.float()(x.float(), **options)
+    assert low.dtype == torch.float16
+    torch.testing.assert_close(low.float(), exact, rtol=0, atol=0.02 * float(exact.detach().abs().max()))
 
 
 def test_what_lies_under_the_mask_does_not_matter():

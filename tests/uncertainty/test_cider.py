@@ -1,13 +1,17 @@
 """CIDER's prototypes, losses and score against loops, closed forms and brute force."""
 
 import math
+import subprocess
+import sys
+from datetime import timedelta
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 
 from posterity.testing import check_loss
+from posterity.testing._low_precision import check_low_precision
 from posterity.uncertainty import (
     CIDERLoss,
     KNNScore,
@@ -176,6 +180,89 @@ def test_conformance(kind, as_a_user):
     check_loss(OnTheSphere(kind), x, classes(8, 3), extremes=1e3, compiles=kind == "ema", symmetric=True)
 
 
+@pytest.mark.parametrize(
+    ("call", "inputs"),
+    [
+        (lambda mu, z, y: update_prototypes(mu, z, y, 0.95), (units(4), units(300, seed=1), classes(300, 4))),
+        (dispersion_loss, (units(30),)),
+        (lambda z, mu, y: compactness_loss(z, mu, y), (units(300), units(4, seed=1), classes(300, 4))),
+        (lambda known, x: KNNScore(5).fit(known).score(x), (units(40), units(20, seed=1))),
+    ],
+)  # fmt: skip
+def test_low_precision_rounds_the_result_only(as_a_user, call, inputs):
+    z = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+    check_low_precision(call, None, z, slack=4, gradient=call(*z).requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moving_averages_do_not_stand_still_in_a_narrow_module(as_a_user, dtype):
+    low, exact = CIDERLoss(3, 5).to(dtype), CIDERLoss(3, 5)
+    exact.load_state_dict(low.state_dict())
+    z, y = units(3, seed=1).to(dtype), torch.arange(3)
+    for _ in range(100):
+        assert low(z, y).dtype == dtype
+        exact(z.float(), y)
+    assert low.prototypes.dtype == torch.float32
+    torch.testing.assert_close(low.prototypes, exact.prototypes)
+    torch.testing.assert_close(low.prototypes, z.float(), rtol=0, atol=0.03)
+    assert hypersphere_geometry(z, y, low.prototypes)["compactness"] < 2
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-12, 1e12, 1e200])
+def test_only_directions_of_features_count_whatever_their_unit(scale):
+    known, x = (torch.randn(20, 4, dtype=torch.float64, generator=rng(seed)) for seed in (0, 1))
+    far = KNNScore(3).fit(known * scale).score(x * scale)
+    torch.testing.assert_close(far, KNNScore(3).fit(known).score(x))
+
+
+SECOND = """
+import sys
+from datetime import timedelta
+import torch
+from torch import distributed
+from posterity.uncertainty import CIDERLoss
+
+data = torch.load(sys.argv[1])
+store = distributed.FileStore(sys.argv[2], 2)
+distributed.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=timedelta(seconds=60))
+loss, z = CIDERLoss(3, 5, momentum=0.7).double(), data["z"][7:].requires_grad_()
+loss(z, data["y"][7:]).backward()
+torch.save({"prototypes": loss.prototypes, "gradient": z.grad}, sys.argv[3])
+"""
+
+
+def test_two_processes_take_the_step_of_their_joint_batch(tmp_path):
+    """Batches of 7 and 5: with the gradients of both averaged, that of all 12 rows by dispersion."""
+    z, y = units(12), classes(12, 3)
+    files = [str(tmp_path / name) for name in ("data", "store", "found")]
+    torch.save({"z": z, "y": y}, files[0])
+    alone, first = CIDERLoss(3, 5, momentum=0.7).double(), CIDERLoss(3, 5, momentum=0.7).double()
+    first.load_state_dict(alone.state_dict())
+    start = alone.prototypes.clone()
+    other = subprocess.Popen([sys.executable, "-c", SECOND, *files])
+    try:
+        distributed.init_process_group(
+            "gloo", store=distributed.FileStore(files[1], 2), rank=0, world_size=2,
+            timeout=timedelta(seconds=60),
+        )  # fmt: skip
+        ours = z[:7].clone().requires_grad_()
+        first(ours, y[:7]).backward()
+        assert other.wait(60) == 0
+    finally:
+        other.kill()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    found = torch.load(files[2])
+    whole = z.clone().requires_grad_()
+    alone(whole, y)
+    torch.testing.assert_close(first.prototypes, alone.prototypes)
+    torch.testing.assert_close(found["prototypes"], alone.prototypes)
+    mu = update_prototypes(start, whole, y, 0.7)
+    near = [compactness_loss(whole[rows], mu.detach(), y[rows]) for rows in (slice(7), slice(7, 12))]
+    (dispersion_loss(mu) + 2 * (near[0] + near[1]) / 2).backward()
+    torch.testing.assert_close(torch.cat([ours.grad, found["gradient"]]) / 2, whole.grad)
+
+
 def test_training_spreads_prototypes_to_the_simplex():
     x, y = torch.randn(32, 8, generator=rng()).requires_grad_(), torch.arange(32) % 4
     loss = CIDERLoss(4, 8)
@@ -255,7 +342,10 @@ def test_wrong_arguments_are_refused(as_a_user):
         (lambda: loss(z, y.double()), "integers"),
         (lambda: loss(z, y[:3]), "target must have shape"),
         (lambda: loss(z[:, :4], y), "embeddings must have shape"),
-        (lambda: loss.initialize(z, torch.zeros(6, dtype=torch.int64)), "class 1 has no samples"),
+        (
+            lambda: loss.initialize(z, torch.zeros(6, dtype=torch.int64)),
+            "embeddings must hold each class, got none of class 1",
+        ),
         (lambda: loss.initialize(z), "target must be given"),
         (lambda: update_prototypes(mu, z, y, 1.0), "momentum"),
         (lambda: dispersion_loss(mu[:1]), "at least two"),

@@ -14,8 +14,8 @@ The decorators' arguments and the parameters' defaults are literals, so that a c
 be shown without being imported; only ``check``, which is a function, is not.
 
 A parameter that is a number says in its annotation what is allowed (`Count`, `Share`,
-`Positive`, or ``Annotated[int, Between(2, 10)]``); what several must fulfil together, ``check``
-says. Both are asked before any trial.
+`Positive`, or ``Annotated[int, Between(2, 10)]``); what several must fulfil together, or the
+data, ``check`` says. Both are asked before any trial.
 """
 
 import inspect
@@ -126,7 +126,9 @@ class Claim:
     seeds : int
         How many seeds decide by default: more where the effect is small beside its spread.
     check : callable, optional
-        ``check(**parameters)`` raises ``ValueError`` for settings that cannot go together.
+        ``check(**parameters)`` raises ``ValueError`` for settings that cannot go together; a
+        claim's ``data`` comes as its kind's loader gives it, so that it can be refused too,
+        and what the user calls it as ``name``.
     """
 
     run: Callable[..., Any]
@@ -163,12 +165,17 @@ class Claim:
         """Default value of each parameter."""
         return {name: parameter.default for name, parameter in self.parameters.items()}
 
-    def refuse(self, settings: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` for settings out of range, or that cannot go together."""
+    def refuse(self, settings: Mapping[str, Any], data: Any = None) -> None:
+        """Raise ``ValueError`` for settings out of range, or that go together neither with each other
+        nor with the data, which are what their loader gives.
+        """
         for name, value in settings.items():
             _refuse(f"{self.name}: {name}", value, self.parameters[name].annotation)
-        if self.check is not None:
-            self.check(**{**self.defaults, **settings})
+        given = {**self.defaults, **settings}
+        if data is not None:
+            given |= {"data": data, "name": given["data"]}
+        if self.check is not None and (data is not None or "data" not in given):
+            self.check(**given)
 
     def __call__(self, trial: Trial, **parameters: Any) -> Any:
         """Run one seed: ``{arm: value}`` for a comparison, else a number."""

@@ -84,8 +84,10 @@ def kmeans_batch_update(
     one_of("learning_rate", learning_rate, ("sqrt", "sklearn"))
     if batch.ndim != 2 or len(batch) == 0:
         raise ValueError(f"batch must be (b, d) with b of at least 1, got {batch.shape}")
-    if centers.ndim != 2 or centers.shape[1] != batch.shape[1]:
-        raise ValueError(f"centers must be (k, {batch.shape[1]}) for batch, got {centers.shape}")
+    if centers.ndim != 2 or centers.shape[1] != batch.shape[1] or len(centers) == 0:
+        raise ValueError(
+            f"centers must be (k, {batch.shape[1]}) for batch with k of at least 1, got {centers.shape}"
+        )
     if learning_rate == "sklearn" and counts is None:
         raise ValueError('counts must be given with learning_rate="sklearn", got None')
     if counts is not None and counts.shape != (len(centers),):
@@ -447,7 +449,7 @@ def _moved(
     if counts is None:
         rate = np.sqrt(members / b)
     else:
-        counts += members
+        np.add(counts, members, out=counts, casting="unsafe")  # whole numbers may be kept as integers
         rate = members / np.maximum(counts, 1)
     means = sums / np.where(members > 0, members, 1)[:, None]
     rate = np.where(members > 0, rate, 0.0)[:, None]

@@ -40,7 +40,7 @@ def compare(
     fits = {name: each.fit for name, each in entries(task).items()}
     spec = data or question.data
     options = question.options(target)
-    note = check(question.kind, spec, **options)
+    note = check(question.kind, spec, question.needs, **options)
     found = resolve(question.kind, spec)
     source = ""  # the module whose import registers a generated set
     read = ""

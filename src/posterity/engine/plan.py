@@ -1,10 +1,11 @@
 """What to run: the trials of a paper's claims, all of their input checked before any starts."""
 
-import inspect
 import types
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin
 
+from posterity.claims import Claim
 from posterity.engine.discovery import Outline, claim_outlines, load_claims
 from posterity.engine.fingerprint import fingerprint, reader
 from posterity.engine.store import Job
@@ -74,7 +75,7 @@ def plan_claims(
         for key, text in given.items():
             params[key] = typed(f"{name}: {key}", text, each.parameters[key].annotation)
         each.refuse(params)
-        note, read = _check_data(each.parameters, params) if "data" in params else ("", "")
+        note, read = _check_data(each, params) if "data" in params else ("", "")
         code = fingerprint(paper.claims, name) + read
         limit = each.time_limit if params == each.defaults else A_WEEK
         jobs = [
@@ -95,13 +96,14 @@ def plan_claims(
     return plans, [name for name in chosen if name not in taking]
 
 
-def _check_data(parameters: dict[str, inspect.Parameter], params: dict[str, Any]) -> tuple[str, str]:
+def _check_data(claim: Claim, params: dict[str, Any]) -> tuple[str, str]:
     """Return what is said of the data, and the code of what reads it."""
     from posterity.lab.data import absolute, check, kind_of, resolve
 
-    annotation = parameters["data"].annotation
+    annotation = claim.parameters["data"].annotation
     options = {"target": params["target"]} if "target" in params else {}
-    note = check(annotation, params["data"], **options)
+    needs = partial(claim.refuse, params) if claim.check is not None else None
+    note = check(annotation, params["data"], needs, **options)
     if callable(resolve(annotation, params["data"])):
         return note, ""
     params["data"] = absolute(annotation, params["data"])

@@ -1,7 +1,8 @@
 """Judging: rows of values, effect and verdict from the trials of one claim at one setting."""
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from posterity.engine import statistics
@@ -10,7 +11,7 @@ from posterity.engine.fingerprint import is_current
 from posterity.engine.store import Job, Outcome, Store
 from posterity.papers import papers
 
-__all__ = ["agreement", "current", "groups", "judge", "settling", "stored_rows"]
+__all__ = ["agreement", "current", "direction", "groups", "judge", "settling", "stored_rows"]
 
 
 def judge(paper: str, outline: Outline, pairs: Iterable[tuple[Job, Outcome]]) -> dict[str, Any]:
@@ -92,6 +93,42 @@ def settling(row: dict[str, Any]) -> str:
     count = row["seeds_to_settle"]
     many = "more than 1,000" if count is None else f"about {count:,}"
     return f"; {many} seeds would settle it, if the spread stays as seen"
+
+
+def direction(rows: Sequence[dict[str, Any]], name: str) -> str:
+    """Return how effect or value moves with a parameter, in words; empty where that has no order.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        What `judge` returns, of one claim; at least one.
+    name : str
+        The parameter in which they differ.
+
+    Returns
+    -------
+    str
+    """
+    what = "effect" if "effect" in rows[0] else "value"
+    points = [(row["params"][name], row[what]["mean"], *row[what]["ci95"]) for row in rows]
+    if any(isinstance(point[0], bool) or not isinstance(point[0], int | float) for point in points):
+        return ""
+    points = sorted(point for point in points if point[1] is not None and math.isfinite(point[1]))
+    if len(points) < 2:
+        return ""
+    if any(point[2] is None for point in points):
+        return f"{what}: whether it changes cannot be told from one seed"
+
+    def at(point: tuple[float, ...]) -> str:
+        return f"{point[1]:.4g} at {name}={point[0]:g}"
+
+    first, last = points[0], points[-1]
+    if first[3] < last[2] or last[3] < first[2]:
+        return f"{what} {'rises' if first[1] < last[1] else 'falls'} from {at(first)} to {at(last)}"
+    least, most = min(points, key=lambda point: point[1]), max(points, key=lambda point: point[1])
+    if least[3] < most[2]:
+        return f"{what} is lowest, {at(least)}, and highest, {at(most)}; the ends do not differ beyond the intervals"
+    return f"{what}: no change beyond the intervals from {name}={first[0]:g} to {name}={last[0]:g}"
 
 
 def agreement(parity: dict[str, Any]) -> str:

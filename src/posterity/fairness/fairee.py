@@ -136,7 +136,7 @@ class FaiREE(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         check_classification_targets(y)
         groups = self._groups(X, sensitive_features)
         check_consistent_length(X, y, groups)
-        self.classes_, positive, self.groups_, group = _cells(y, groups)
+        self.classes_, positive, self.groups_, group = _cells(y, groups, "sensitive_features")
         scorer: Any = LogisticRegression(max_iter=10_000) if self.estimator is None else self.estimator
         rows = np.arange(len(y))
         if self.prefit:
@@ -146,7 +146,9 @@ class FaiREE(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
             within("calibration_size", self.calibration_size, 0, 1, open_low=True, open_high=True)
             cell = 2 * positive + group
             if min(np.bincount(cell)) < 2:
-                raise ValueError("each class of each group needs two rows to be split, got one")
+                raise ValueError(
+                    "sensitive_features must give each group two rows of each class to be split, got one"
+                )
             train, rows = train_test_split(
                 rows,
                 test_size=self.calibration_size,
@@ -185,7 +187,7 @@ class FaiREE(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         check_consistent_length(X, groups)
         second = groups == self.groups_[1]
         if len(new := np.unique(groups[~second & (groups != self.groups_[0])])):
-            raise ValueError(f"groups must be among {self.groups_.tolist()}, got {new.tolist()}")
+            raise ValueError(f"sensitive_features must be among {self.groups_.tolist()}, got {new.tolist()}")
         return self._scores(X) - self.result_.thresholds[second.astype(int)]
 
     def predict(self, X: Any, *, sensitive_features: Any = None) -> ndarray:
@@ -215,13 +217,16 @@ class FaiREE(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         if sensitive_features is not None:
             groups = column_or_1d(sensitive_features)
         elif self.sensitive_column is not None:
-            groups = column_or_1d(_safe_indexing(X, self.sensitive_column, axis=1))
+            try:
+                groups = column_or_1d(_safe_indexing(X, self.sensitive_column, axis=1))
+            except (IndexError, KeyError) as error:
+                raise ValueError(
+                    f"sensitive_column must name a column of X, got {self.sensitive_column!r}"
+                ) from error
         else:
             raise ValueError("sensitive_features must be given where sensitive_column is None, got None")
         if len(missing := np.flatnonzero(pd.isna(groups))):
-            raise ValueError(
-                f"groups must not be missing, got none in row {missing[0]} of sensitive_features"
-            )
+            raise ValueError(f"sensitive_features must not be missing, got none in row {missing[0]}")
         return groups
 
     def _scores(self, X: Any) -> ndarray:

@@ -194,13 +194,13 @@ def fair_thresholds(
     return FairThresholds(taus, np.array(ranks), probability, error, n_candidates, names)
 
 
-def _cells(y: ndarray, groups: ndarray) -> tuple[ndarray, ndarray, ndarray, ndarray]:
+def _cells(y: ndarray, groups: ndarray, given: str = "groups") -> tuple[ndarray, ndarray, ndarray, ndarray]:
     """Return classes, codes of y, groups and codes of groups, all four cells being occupied."""
-    for name, values in (("y", y), ("groups", groups)):
+    for name, values in (("y", y), (given, groups)):
         if len(missing := np.flatnonzero(pd.isna(values))):
             raise ValueError(f"{name} must not be missing, got no value in row {missing[0]}")
     (labels, positive), (names, group) = (np.unique(v, return_inverse=True) for v in (y, groups))
-    for name, values, one, many in (("y", labels, "class", "classes"), ("groups", names, "group", "groups")):
+    for name, values, one, many in (("y", labels, "class", "classes"), (given, names, "group", "groups")):
         if (count := len(values)) != 2:
             shown = ", ".join(map(repr, values.tolist()[:10]))
             hint = "Only binary classification is supported. " if name == "y" and count > 2 else ""
@@ -209,7 +209,9 @@ def _cells(y: ndarray, groups: ndarray) -> tuple[ndarray, ndarray, ndarray, ndar
             )
     for c, a in ((0, 0), (0, 1), (1, 0), (1, 1)):
         if not ((positive == c) & (group == a)).any():
-            raise ValueError(f"no case of group {names.tolist()[a]!r} has y = {labels.tolist()[c]!r}")
+            raise ValueError(
+                f"{given} must hold each class: no case of group {names.tolist()[a]!r} has y = {labels.tolist()[c]!r}"
+            )
     return labels, positive, names, group
 
 

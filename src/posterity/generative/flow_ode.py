@@ -6,20 +6,23 @@ paths; Heun's calls it twice and errs by O(h^2); those of Dormand and Prince (RK
 long as the tolerances allow.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from posterity._checks import at_least, integer, one_of, within
+from posterity._checks import at_least, has_shape, integer, one_of, within
+from posterity._precision import NARROW, wide
 
 __all__ = ["Trajectory"]
 
 DIVERGES = "the field must stay finite along its paths for method 'rk45': its steps vanish where it blows up or is NaN"
 
 Method = Literal["euler", "heun", "rk45"]
+Net = Callable[..., Tensor]
+Cond = Mapping[str, Tensor] | None
 Field = Callable[[Tensor, Tensor], Tensor]  # (time of no dimension, state) -> slope
 
 
@@ -44,11 +47,26 @@ class Trajectory(NamedTuple):
     n_evals: int
 
 
+def _check_cond(cond: Cond, n: int) -> None:
+    for name, value in (cond or {}).items():
+        if value.shape[:1] != (n,):
+            raise ValueError(f"cond[{name!r}] must have first dimension {n}, got {tuple(value.shape)}")
+
+
+def _call(net: Net, x: Tensor, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
+    """Return what a network of this dtype says, in the dtype of x."""
+    _check_cond(cond, len(x))
+    return has_shape("net(x, t)", net(x.to(dtype), t.to(dtype), **(cond or {})), x.shape, "x").to(x.dtype)
+
+
 def _solve(
     field: Field, y: Tensor, t0: float, t1: float, *, method: str, n_steps: int, rtol: float, atol: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Return the end of dy/dt = field(t, y), the times of the steps, and their states."""
+    """Return the end of dy/dt = field(t, y), the times of the steps, and their states.
+
+    All are float32 at least: steps that are small beside the state would be rounded away.
+    """
     one_of("method", method, ("euler", "heun", "rk45"))
     integer("n_steps", n_steps, 1)
     at_least("rtol", rtol, 0, strict=True)
@@ -56,6 +74,9 @@ def _solve(
     within("t0", t0, 0, 1)
     if within("t1", t1, 0, 1) == t0:
         raise ValueError(f"t1 must differ from t0, got {t1} for both")
+    if y.dtype in NARROW:  # whose rounding the network adds to its slopes
+        rtol, atol = (max(each, torch.finfo(y.dtype).eps) for each in (rtol, atol))
+        y = wide(y)
     if method == "rk45":
         times, states = _adaptive(field, y, float(t0), float(t1), rtol, atol)
     else:

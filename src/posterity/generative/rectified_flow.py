@@ -13,10 +13,11 @@ lines do not cross, v is constant along them and one Euler step Z_0 + v(Z_0, 0) 
 
 A network is any ``net(x, t, **cond)``: x of shape (n, *shape); t of shape (n,), dtype and
 device of x, in [0, 1] and never rescaled, 0 at the source and 1 at the data; output as x.
+Whatever its dtype, lines, errors and the steps of the ODE are computed in float32 at least.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,15 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import finite, floating, has_shape, integer, one_of
+from posterity._precision import wide
 from posterity._random import draw_device
-from posterity.generative.flow_ode import Method, Trajectory, _solve
+from posterity.generative.flow_ode import Cond, Method, Net, Trajectory, _call, _check_cond, _solve
 
 __all__ = ["RectifiedFlow"]
 
 Samples = Float[Tensor, " n *shape"]
 Scalar = Float[Tensor, ""]
-Net = Callable[..., Tensor]
-Cond = Mapping[str, Tensor] | None
 
 
 class RectifiedFlow:
@@ -118,9 +118,11 @@ class RectifiedFlow:
         """
         self._check_pair(x1, x0)
         _check_times(t, len(x1))
-        return self._between(x0, x1, t)
+        x, slope = self._between(x0, x1, t)
+        return x.to(x1.dtype), slope.to(x1.dtype)
 
     def _between(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x0, x1 = wide(x0), wide(x1)
         t = t.to(x1.dtype).reshape(-1, *[1] * len(self.shape))
         if self.path == "linear":
             slope = x1 - x0
@@ -182,10 +184,10 @@ class RectifiedFlow:
             t = _uniform(len(x1), x1, generator)
             t = t * (1 - 1e-3) if self.path == "vp" else t  # its velocity is infinite at 1
         x, slope = self._between(x0, x1, t)
-        velocity = _call(net, x, t.to(x.dtype), cond)
+        velocity = _call(net, x, t, cond, x1.dtype)
         if reduction == "none":
-            return (velocity - slope).square().flatten(1).mean(1)
-        return F.mse_loss(velocity, slope, reduction=reduction)
+            return (velocity - slope).square().flatten(1).mean(1).to(x1.dtype)
+        return F.mse_loss(velocity, slope, reduction=reduction).to(x1.dtype)
 
     def integrate(
         self, net: Net, x: Samples, *, t0: float = 0.0, t1: float = 1.0, method: Method = "rk45",
@@ -210,7 +212,7 @@ class RectifiedFlow:
         n_steps : int, default=100
             Steps of the even grid, at least 1; "rk45" ignores it.
         rtol, atol : float, default=1e-5
-            Tolerances of "rk45", positive.
+            Tolerances of "rk45", positive; not below the rounding of a narrow ``x``.
         cond : mapping of str to Tensor, optional
             Keyword arguments of the network, each with first dimension n.
         return_path : bool, default=False
@@ -219,7 +221,7 @@ class RectifiedFlow:
         Returns
         -------
         Trajectory
-            End, times, path and number of network calls.
+            End, times (in float32 at least), path and number of network calls.
 
         Raises
         ------
@@ -232,12 +234,12 @@ class RectifiedFlow:
         def field(time: Tensor, state: Tensor) -> Tensor:
             nonlocal n_evals
             n_evals += 1
-            return _call(net, state, time.repeat(len(x)), cond)
+            return _call(net, state, time.repeat(len(x)), cond, x.dtype)
 
         end, times, path = _solve(
             field, x, t0, t1, method=method, n_steps=n_steps, rtol=rtol, atol=atol, keep=return_path
         )
-        return Trajectory(end, times, path, n_evals)
+        return Trajectory(end.to(x.dtype), times, None if path is None else path.to(x.dtype), n_evals)
 
     @torch.no_grad()
     def sample(
@@ -277,6 +279,7 @@ class RectifiedFlow:
         x0 = self._starts(net, n, x0, generator)
         return self.integrate(net, x0, method=method, n_steps=n_steps, rtol=rtol, atol=atol, cond=cond).x
 
+    @torch.inference_mode(False)  # the pairs are there to be trained on
     @torch.no_grad()
     def couple(
         self, net: Net, n: int | None = None, *, x0: Samples | None = None, batch_size: int = 1024,
@@ -316,6 +319,7 @@ class RectifiedFlow:
         """
         integer("batch_size", batch_size, 1)
         z0 = finite("x0", self._starts(net, n, x0, generator))
+        z0 = z0.clone() if z0.is_inference() else z0
         _check_cond(cond, len(z0))
         _, device = _home(net, z0)
         ends = []
@@ -364,13 +368,14 @@ class RectifiedFlow:
             raise ValueError(f"n_steps must be 1 where distance is given, got {n_steps}")
         integer("n_steps", n_steps, 1)
         self._check_pair(x1, x0)
+        dtype, x0, x1 = x1.dtype, wide(x0), wide(x1)
         t = torch.floor(_uniform(len(x1), x1, generator) * n_steps) / n_steps
         slope = x1 - x0
         x = torch.addcmul(x0, t.reshape(-1, *[1] * len(self.shape)), slope)
-        velocity = _call(net, x, t, cond)
+        velocity = _call(net, x, t, cond, dtype)
         if distance is None:
-            return F.mse_loss(velocity, slope)
-        return has_shape("distance", distance(x0 + velocity, x1), (len(x1),), "x1").mean()
+            return F.mse_loss(velocity, slope).to(dtype)
+        return has_shape("distance", distance(x0 + velocity, x1), (len(x1),), "x1").mean().to(dtype)
 
     def log_prob(
         self, net: Net, x1: Samples, *, method: Method = "rk45", n_steps: int = 100, rtol: float = 1e-5,
@@ -414,7 +419,7 @@ class RectifiedFlow:
         finite("x1", self._check("x1", x1))
         if self.source is not None and source_log_prob is None:
             raise ValueError("source_log_prob must be given with a source of your own, got None")
-        n, d = len(x1), math.prod(self.shape)
+        n, d, dtype, x1 = len(x1), math.prod(self.shape), x1.dtype, wide(x1)
         if divergence == "exact":
             probes = torch.eye(d, dtype=x1.dtype, device=x1.device)
             probes = probes.reshape(d, 1, *self.shape).expand(d, *x1.shape)
@@ -424,7 +429,7 @@ class RectifiedFlow:
 
         def field(time: Tensor, state: Tensor) -> Tensor:
             t, z = time.repeat(n), state[:, :d].reshape(x1.shape)
-            velocity, pull, *_ = torch.func.vjp(lambda z: _call(net, z, t, cond), z)
+            velocity, pull, *_ = torch.func.vjp(lambda z: _call(net, z, t, cond, dtype), z)
 
             def along(probe):
                 return (probe * pull(probe)[0]).flatten(1).sum(1)
@@ -439,8 +444,8 @@ class RectifiedFlow:
         )
         z0, gain = end[:, :d].reshape(x1.shape), end[:, d]
         if source_log_prob is not None:
-            return has_shape("source_log_prob", source_log_prob(z0), (n,), "x1") + gain
-        return gain - 0.5 * (z0.square().flatten(1).sum(1) + d * math.log(2 * math.pi))
+            return (has_shape("source_log_prob", source_log_prob(z0), (n,), "x1") + gain).to(dtype)
+        return (gain - 0.5 * (z0.square().flatten(1).sum(1) + d * math.log(2 * math.pi))).to(dtype)
 
     def _check(self, name: str, x: Any) -> Tensor:
         return has_shape(name, floating(name, x, "scale to floats first"), (None, *self.shape), "shape")
@@ -454,8 +459,9 @@ class RectifiedFlow:
         if self.source is not None:
             x0 = has_shape("source", self.source(n, generator), (n, *self.shape), "shape")
             return x0.to(device, dtype)
-        where = draw_device(generator, device)
-        return torch.randn(n, *self.shape, dtype=dtype, device=where, generator=generator).to(device)
+        where, drawn = draw_device(generator, device), torch.promote_types(dtype, torch.float32)
+        x0 = torch.randn(n, *self.shape, dtype=drawn, device=where, generator=generator)
+        return x0.to(device, dtype)
 
     def _starts(
         self, net: Net, n: int | None, x0: Tensor | None, generator: torch.Generator | None
@@ -469,8 +475,8 @@ class RectifiedFlow:
 
 
 def _uniform(size: int | Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    where = draw_device(generator, like.device)
-    return torch.rand(size, dtype=like.dtype, device=where, generator=generator).to(like.device)
+    where, dtype = draw_device(generator, like.device), torch.promote_types(like.dtype, torch.float32)
+    return torch.rand(size, dtype=dtype, device=where, generator=generator).to(like.device)
 
 
 def _home(net: Net, otherwise: Tensor) -> tuple[torch.dtype, torch.device]:
@@ -485,14 +491,3 @@ def _check_times(t: Any, n: int) -> None:
     # Values are read on the CPU only, where that is free: an accelerator would have to wait.
     if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"t must be in [0, 1], got values in [{t.min():g}, {t.max():g}]")
-
-
-def _check_cond(cond: Cond, n: int) -> None:
-    for name, value in (cond or {}).items():
-        if value.shape[:1] != (n,):
-            raise ValueError(f"cond[{name!r}] must have first dimension {n}, got {tuple(value.shape)}")
-
-
-def _call(net: Net, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    _check_cond(cond, len(x))
-    return has_shape("net(x, t)", net(x, t, **(cond or {})), x.shape, "x")

@@ -10,18 +10,21 @@ where one Euler step does the work of many.
 """
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, has_shape, integer
-from posterity.generative.flow_ode import Method
-from posterity.generative.rectified_flow import Cond, Net, RectifiedFlow, Samples, Scalar
+from posterity._precision import wide, widened
+from posterity.generative.flow_ode import Cond, Method, Net
+from posterity.generative.rectified_flow import RectifiedFlow, Samples, Scalar
 
 __all__ = ["reflow", "straightness", "transport_cost"]
 
 
+@torch.inference_mode(False)  # grad mode too
 def reflow(
     flow: RectifiedFlow,
     net: nn.Module,
@@ -121,17 +124,20 @@ def straightness(
     ValueError
         If ``x0`` does not fit ``shape`` or ``n_steps`` is less than 1.
     """
+    flow._check("x0", x0)
     velocities: list[Tensor] = []
 
     def recorded(x: Tensor, t: Tensor, **more: Tensor) -> Tensor:
-        velocities.append(net(x, t, **more))
+        velocities.append(wide(net(x.to(x0.dtype), t.to(x0.dtype), **more)))
         return velocities[-1]
 
-    end = flow.integrate(recorded, x0, method="euler", n_steps=n_steps, cond=cond).x
-    bends = [(end - x0 - velocity).square().flatten(1).sum(1).mean() for velocity in velocities]
-    return torch.stack(bends).mean()
+    flow.integrate(recorded, wide(x0), method="euler", n_steps=n_steps, cond=cond)
+    way = torch.stack(velocities).mean(0)  # Z_1 - Z_0, without the difference of two ends far away
+    bends = [(way - velocity).square().sum() / len(x0) for velocity in velocities]
+    return torch.stack(bends).mean().to(x0.dtype)
 
 
+@widened
 def transport_cost(
     x0: Samples,
     x1: Samples,
@@ -167,4 +173,5 @@ def transport_cost(
     if callable(cost):
         return has_shape("cost", cost(x1 - x0), (len(x0),), "x0").mean()
     power = at_least("cost", cost, 0, strict=True)
-    return torch.linalg.vector_norm((x1 - x0).flatten(1), dim=1).pow(power).mean()
+    lines = (x1 - x0).reshape(len(x0), math.prod(x0.shape[1:]))
+    return torch.linalg.vector_norm(lines, dim=1).pow(power).mean()

@@ -6,7 +6,9 @@ an edge's weight the scalar product of what is sent and what comes back:
 
     y = A x,    dx = A^T dy,    dA_uv = <dy_u, x_v>.
 
-Both matrices are CSR, the fastest way on a CPU; each is built once and serves every product.
+Both matrices are CSR, the fastest way on a CPU; each is built once and serves every product. There
+is no product of CSR in 16 bits on a CPU, and none on any device under autocast, which would make
+its entries so: weights, and what is summed, are in float32 at least.
 """
 
 from functools import cached_property
@@ -15,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from posterity.graphs._graph import csr, csr_order
+from posterity._precision import wide
+from posterity.graphs._graph import csr, csr_order, uncompiled
 
 __all__ = [
     "Adjacency",
@@ -43,6 +46,7 @@ class EdgePattern(NamedTuple):
     columns: tuple[Tensor, Tensor, Tensor]  # the same of the transposed matrix
 
 
+@uncompiled
 def edge_pattern(sender: Tensor, receiver: Tensor, n: int, *, sort: bool = False) -> EdgePattern:
     """Return the pattern of edges among n nodes; sorted, by receiver, it suits weights that change often."""
     rows: tuple[Tensor, Tensor, Tensor | None] = csr_order(receiver, sender, n)
@@ -86,7 +90,7 @@ class Adjacency(SparseMatrix):
 
     def __init__(self, pattern: EdgePattern, weight: Tensor) -> None:
         self.pattern, self.weight = pattern, weight
-        self._flat = weight.detach().clone()  # ours, whatever becomes of the caller's
+        self._flat = wide(weight.detach().clone())  # ours, whatever becomes of the caller's
         begins, columns, order = pattern.rows
         super().__init__(csr(begins, columns, self._flat if order is None else self._flat[order]))
 
@@ -97,26 +101,36 @@ class Adjacency(SparseMatrix):
         return csr(begins, columns, self._flat[order])
 
 
+@uncompiled
 def sparse_product(matrix: SparseMatrix, x: Tensor) -> Tensor:
-    """Return the matrix times x, with gradients for x and for the weights of edges."""
+    """Return the matrix times x, in the dtype of x, with gradients for x and for the weights of edges."""
     weight = matrix.weight if isinstance(matrix, Adjacency) else None
     return _SparseProduct.apply(x, weight, matrix)  # type: ignore[return-value]
 
 
+@uncompiled
 def edge_dots(pattern: EdgePattern, q: Tensor, k: Tensor) -> Tensor:
-    """Return for each edge the scalar product of the sender's row of q and the receiver's of k."""
-    return _EdgeDots.apply(q, k, pattern)  # type: ignore[return-value]
+    """Return for each edge the scalar product of the sender's row of q and the receiver's of k, not narrow."""
+    return _EdgeDots.apply(wide(q), wide(k), pattern)  # type: ignore[return-value]
 
 
 def times(matrix: Tensor, x: Tensor) -> Tensor:
-    """Return a CSR matrix times x, without a gradient; not every backend takes one without entries."""
-    return matrix @ x if matrix.values().numel() else x.new_zeros(len(matrix), x.shape[1])
+    """Return a CSR matrix times x, in the dtype of x and without a gradient."""
+    if x.dtype != matrix.dtype:
+        dtype = torch.promote_types(x.dtype, matrix.dtype)
+        return times(matrix.to(dtype), x.to(dtype)).to(x.dtype)
+    if not matrix.values().numel():  # which not every backend takes
+        return x.new_zeros(len(matrix), x.shape[1])
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return matrix @ x
+    return matrix @ x
 
 
 def row_dots(pattern: EdgePattern, q: Tensor, k: Tensor) -> Tensor:
     """Return `edge_dots`, without a gradient."""
-    sent = q.index_select(0, pattern.sender)  # copies whole rows, which indexing by [] does not on CPU
-    return sent.mul_(k.index_select(0, pattern.receiver)).sum(1)
+    sent = wide(q).index_select(0, pattern.sender)  # copies whole rows, which indexing by [] does not on CPU
+    return sent.mul_(wide(k).index_select(0, pattern.receiver)).sum(1)
 
 
 def add_self_loops(
@@ -126,7 +140,8 @@ def add_self_loops(
 
     It weighs 1 where the node has no self-loop yet; else it weighs 0 and is not present.
     """
-    loops = torch.zeros(n, device=weight.device).index_add(0, receiver, (sender == receiver).float())
+    own = (sender == receiver).float()
+    loops = own.new_zeros(n).index_add(0, receiver, own)
     missing, nodes = loops == 0, torch.arange(n, device=weight.device)
     return (
         torch.cat([sender, nodes]),
@@ -145,14 +160,16 @@ def one_self_loop(edge_index: Tensor, n: int) -> Tensor:
 def normalised(sender: Tensor, receiver: Tensor, weight: Tensor, n: int, *, symmetric: bool = True) -> Tensor:
     """Return w_uv / sqrt(d_u d_v), or w_uv / d_v, for edges from u to v; d sums incoming weights.
 
-    A node whose sum is not positive sends and gets nothing.
+    A node whose sum is not positive sends and gets nothing. The result is not narrow.
     """
+    weight = wide(weight)
     degree = weight.new_zeros(n).index_add(0, receiver, weight)
     positive = degree > 0
     scale = torch.where(positive, torch.where(positive, degree, 1.0).rsqrt(), 0.0)
     return scale[receiver] * weight * scale[sender if symmetric else receiver]
 
 
+@uncompiled
 def gcn_adjacency(edge_index: Tensor, n: int, dtype: torch.dtype) -> Adjacency:
     """Return the adjacency with one self-loop a node, symmetrically normalised."""
     sender, receiver = one_self_loop(edge_index, n)

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from posterity._checks import at_least, has_shape, integer, one_of
-from posterity.graphs._graph import check_graph
+from posterity._checks import at_least, finite, floating, has_shape, integer, one_of
+from posterity._precision import wide
+from posterity.graphs._graph import check_graph, check_index, ordinary, uncompiled
 from posterity.graphs._sparse import (
     Adjacency,
     add_self_loops,
@@ -145,47 +146,60 @@ class AntiSymmetricConv(nn.Module):
         edge_weight: Float[Tensor, " edges"] | None = None,
     ) -> Float[Tensor, "nodes channels"]:
         """Return the state after ``num_iters`` steps."""
-        check_graph(x, edge_index, edge_weight, self.channels)
-        return self._steps(x, edge_index, edge_weight, self._aggregate(x, edge_index, edge_weight))
+        edge_index = check_graph(x, edge_index, edge_weight, self.channels)
+        aggregation = self._aggregate(x, edge_index, edge_weight)
+        return self._steps(wide(x), edge_index, edge_weight, aggregation).to(x.dtype)
 
     def _steps(
         self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, aggregation: Adjacency | None
     ) -> Tensor:
+        # x is not narrow: in bfloat16 a step that is a hundredth of the state would be lost
         field, act = self._field(x, edge_index, edge_weight, aggregation), _activation(self.act)
         for _ in range(self.num_iters):
             x = torch.add(x, act(field(x)), alpha=self.epsilon)
         return x
 
+    @uncompiled
     def _aggregate(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> Adjacency | None:
         if isinstance(self.phi, nn.Module) or self._aggregation is not None:
             return self._aggregation
+        if not self.cached:
+            return self._matrix(x, edge_index, edge_weight)
+        with torch.inference_mode(False):  # training may follow
+            weight = None if edge_weight is None else ordinary(edge_weight.detach())
+            self._aggregation = self._matrix(x, ordinary(edge_index), weight)
+        return self._aggregation
+
+    def _matrix(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> Adjacency:
         n, (sender, receiver) = len(x), edge_index
-        weight = x.new_ones(len(sender)) if edge_weight is None else edge_weight.to(x.dtype)
+        ones = torch.ones(len(sender), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        weight = ones if edge_weight is None else edge_weight.to(ones)
         if self.phi == "gcn":
             sender, receiver, weight, _ = add_self_loops(sender, receiver, weight, n)
             weight = normalised(sender, receiver, weight, n)
-        if self.cached:
-            weight = weight.detach()
-        aggregation = Adjacency(edge_pattern(sender, receiver, n), weight)
-        if self.cached:
-            self._aggregation = aggregation
-        return aggregation
+        return Adjacency(edge_pattern(sender, receiver, n), weight)
 
     def _field(
         self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, aggregation: Adjacency | None
     ) -> Callable[[Tensor], Tensor]:
         """Return what maps a state to what ``act`` is applied to; the weights are put together once."""
-        own = (self.W - self.W.T - self.gamma * torch.eye(len(self.W), dtype=x.dtype, device=x.device)).T
-        given = (edge_index,) if edge_weight is None else (edge_index, edge_weight)
+        own, given = self._own().T, (edge_index,) if edge_weight is None else (edge_index, edge_weight)
+        bias = None if self.bias is None else wide(self.bias)
+        V = None if aggregation is None else wide(self.V).T
 
         def field(x: Tensor) -> Tensor:
-            z = x @ own if self.bias is None else torch.addmm(self.bias, x, own)
+            z = x @ own if bias is None else torch.addmm(bias, x, own)
             if aggregation is not None:
-                return torch.addmm(z, sparse_product(aggregation, x), self.V.T)
-            near = self.phi(x, *given)  # type: ignore[operator]
+                return torch.addmm(z, sparse_product(aggregation, x), V)
+            near = self.phi(x.to(self.W.dtype), *given)  # type: ignore[operator]
             return z + has_shape("phi(x, edge_index)", near, x.shape, "x")
 
         return field
+
+    def _own(self) -> Tensor:
+        """Return W - W^T - gamma I."""
+        W = wide(self.W)
+        return W - W.T - self.gamma * torch.eye(len(W), dtype=W.dtype, device=W.device)
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows of the layer."""
@@ -299,30 +313,33 @@ class ADGN(nn.Module):
         batch: Int[Tensor, " nodes"] | None = None,
     ) -> Float[Tensor, "rows out"]:
         """Return the output of each node, or of each graph of ``batch``."""
-        check_graph(x, edge_index, edge_weight, self.in_channels)
+        edge_index = check_graph(x, edge_index, edge_weight, self.in_channels)
         if batch is not None:
-            has_shape("batch", batch, (len(x),), "x")
-        x = self.encoder(x)
-        aggregation = None
+            batch = check_index("batch", batch, (len(x),), source="x")
+        encoded = self.encoder(x)
+        state, aggregation = wide(encoded), None
         for conv in self.convs:  # all layers aggregate alike
             if aggregation is None:
-                aggregation = conv._aggregate(x, edge_index, edge_weight)
-            x = conv._steps(x, edge_index, edge_weight, aggregation)
-        return self.readout(x if self.level == "node" else self.pool(x, batch))
+                aggregation = conv._aggregate(state, edge_index, edge_weight)
+            state = conv._steps(state, edge_index, edge_weight, aggregation)
+        state = state if self.level == "node" else self.pool(state, batch)
+        return self.readout(state.to(encoded.dtype))
 
     @staticmethod
     def pool(
         x: Float[Tensor, "nodes width"], batch: Int[Tensor, " nodes"] | None
     ) -> Float[Tensor, "graphs wide"]:
         """Return sum, maximum and mean over the nodes of each graph, side by side."""
+        dtype, x = has_shape("x", floating("x", x), (None, None)).dtype, wide(x)
         if batch is None:
             batch = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        batch = check_index("batch", batch, (len(x),), source="x")
         size = int(batch.max()) + 1 if len(batch) else 1
         total = x.new_zeros(size, x.shape[1]).index_add(0, batch, x)
         count = torch.bincount(batch, minlength=size).clamp_min(1)[:, None]
         rows = batch[:, None].expand_as(x)
         top = x.new_zeros(size, x.shape[1]).scatter_reduce(0, rows, x, "amax", include_self=False)
-        return torch.cat([total, top, total / count], 1)
+        return torch.cat([total, top, total / count], 1).to(dtype)
 
 
 def local_jacobian_eigenvalues(
@@ -350,8 +367,8 @@ def local_jacobian_eigenvalues(
     Returns
     -------
     Tensor
-        Complex, shape (nodes, channels); real parts lie between minus gamma times the
-        largest and the smallest slope of ``act``.
+        Complex, shape (nodes, channels), in complex64 at least; real parts lie between minus
+        gamma times the largest and the smallest slope of ``act``.
 
     Raises
     ------
@@ -363,16 +380,19 @@ def local_jacobian_eigenvalues(
     .. [1] Gravina, Bacciu, Gallicchio. Anti-Symmetric DGN. ICLR 2023. Propositions 1 and 2.
     """
     one_of("act of the layer", conv.act, ("tanh", "relu", None))
-    with torch.no_grad():
-        check_graph(x, edge_index, edge_weight, conv.channels)
+    edge_index = check_graph(x, edge_index, edge_weight, conv.channels)
+    finite("x", x)
+    if edge_weight is not None:
+        finite("edge_weight", edge_weight)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x = wide(x)
         z = conv._field(x, edge_index, edge_weight, conv._aggregate(x, edge_index, edge_weight))(x)
         if conv.act == "tanh":
             slope = 1 - z.tanh().square()
         else:
             slope = torch.ones_like(z) if conv.act is None else (z > 0).to(z.dtype)
-        A = conv.W - conv.W.T - conv.gamma * torch.eye(conv.channels, dtype=z.dtype, device=z.device)
         root = slope.sqrt()  # D A has the eigenvalues of D^(1/2) A D^(1/2), which is better conditioned
-        return torch.linalg.eigvals(root[:, :, None] * A * root[:, None, :])
+        return torch.linalg.eigvals(root[:, :, None] * conv._own() * root[:, None, :])
 
 
 def euler_step_limit(
@@ -408,7 +428,8 @@ def euler_step_limit(
         As for `local_jacobian_eigenvalues`.
     """
     eigenvalues = local_jacobian_eigenvalues(conv, x, edge_index, edge_weight).to(torch.complex128)
-    eigenvalues = eigenvalues[eigenvalues.abs() >= 1e-12]
+    size = eigenvalues.abs()
+    eigenvalues = eigenvalues[size > 1e-12 * size.amax(1, keepdim=True)]  # what is not 0 at its node
     if eigenvalues.numel() == 0:
         return float("inf")
     if conv.gamma == 0:  # real parts are rounding

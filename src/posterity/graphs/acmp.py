@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, has_shape, integer, needs, one_of, within
-from posterity.graphs._graph import check_graph
+from posterity._precision import wide
+from posterity.graphs._graph import check_graph, ordinary, uncompiled
 from posterity.graphs._sparse import (
     Adjacency,
     EdgePattern,
@@ -201,9 +202,9 @@ class ACMPConv(nn.Module):
         edge_weight: Float[Tensor, " edges"] | None = None,
     ) -> Float[Tensor, "nodes channels"]:
         """Return the state at ``time`` from ``x`` at time 0."""
-        check_graph(x, edge_index, edge_weight, self.channels)
+        edge_index = check_graph(x, edge_index, edge_weight, self.channels)
         field, parts = self._field(x, edge_index, edge_weight, source_state=x)
-        count = 0
+        start, count = wide(x), 0
 
         def counted(_: Any, state: Tensor) -> Tensor:
             nonlocal count
@@ -214,22 +215,26 @@ class ACMPConv(nn.Module):
                 )
             return field(state)
 
-        if self.method == "dopri5":
-            state = self._adaptive(counted, x, parts)
-        else:
-            n = max(1, round(self.time / self.step_size))
-            state = _equal_steps(counted, x, n, self.time / n, self.method)
+        with torch.autocast(x.device.type, enabled=False):  # steps add up
+            if self.method == "dopri5":
+                state = self._adaptive(counted, start, parts)
+            else:
+                n = max(1, round(self.time / self.step_size))
+                state = _equal_steps(counted, start, n, self.time / n, self.method)
         self.num_evals, count = count, 0  # an adjoint solve counts anew
         if not torch.isfinite(state).all():
             raise RuntimeError(self._diverged())
-        return state
+        return state.to(x.dtype)
 
     def _diverged(self) -> str:
         way = 'step_size, or take method "dopri5", or lower beta' if self.method != "dopri5" else "beta"
         return f"the state is not finite before time {self.time:g}: lower {way}, got beta {self.beta:g}"
 
+    @uncompiled
     def _adaptive(self, field: Callable[..., Tensor], x: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         solver = needs("torchdiffeq", "graphs")
+        if not x.numel():
+            return x
         solve, more = solver.odeint, {}
         if self.adjoint:
             solve, more = solver.odeint_adjoint, {"adjoint_params": parts}
@@ -269,20 +274,19 @@ class ACMPConv(nn.Module):
         Tensor
             Shape (nodes, channels).
         """
-        check_graph(x, edge_index, edge_weight, self.channels)
+        edge_index = check_graph(x, edge_index, edge_weight, self.channels)
         if source_state is not None:
             has_shape("source_state", floating("source_state", source_state), x.shape, "x")
         start = x if source_state is None else source_state
-        return self._field(x, edge_index, edge_weight, source_state=start)[0](x)
+        return self._field(x, edge_index, edge_weight, source_state=start)[0](wide(x)).to(x.dtype)
 
     def _field(
         self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, *, source_state: Tensor
     ) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]:
-        """Return the velocity as a function of the state, and the tensors that it depends on."""
+        """Return the velocity as a function of a state that is not narrow, and what it depends on."""
         operator = self._operator(x, edge_index, edge_weight)
-        alpha = self.alpha_raw.sigmoid()
-        delta = self.delta_raw.sigmoid() if self.reaction else None
-        drive = self.source_weight * source_state if self.source else None
+        alpha, delta = self._rates()
+        drive = wide(self.source_weight) * wide(source_state) if self.source else None
 
         def field(state: Tensor) -> Tensor:
             rate = _Velocity.apply(state, operator.weight, alpha, delta, operator, self.barrier)
@@ -290,6 +294,12 @@ class ACMPConv(nn.Module):
 
         return field, tuple(part for part in (operator.weight, alpha, delta, drive) if part is not None)
 
+    def _rates(self) -> tuple[Tensor, Tensor | None]:
+        """Return alpha and, with a well, delta."""
+        alpha = wide(self.alpha_raw).sigmoid()
+        return alpha, wide(self.delta_raw).sigmoid() if self.reaction else None
+
+    @uncompiled
     def _operator(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> Adjacency:
         graph, forces = self._forces(x, edge_index, edge_weight)
         n, n_edges = len(x), len(forces) - len(x)
@@ -305,17 +315,22 @@ class ACMPConv(nn.Module):
     ) -> tuple["_Graph", Float[Tensor, " entries"]]:
         """Return a - beta for each edge, then for each self-loop that was added, 0 where none was."""
         graph = self._graph
-        if graph is None:
+        if graph is None and not self.cached:
             graph = _graph(x, edge_index, edge_weight, self.attention)
-            if self.cached:
-                self._graph = graph = graph._replace(weight=graph.weight.detach())
-        a = self._attend(x, graph) if self.attention == "transformer" else graph.weight.to(x.dtype)
+        elif graph is None:
+            with torch.inference_mode(False):  # training may follow
+                weight = None if edge_weight is None else ordinary(edge_weight.detach())
+                self._graph = graph = _graph(x, ordinary(edge_index), weight, self.attention)
+        if self.attention == "transformer":
+            a = self._attend(x, graph)
+        else:
+            a = graph.weight.to(torch.promote_types(x.dtype, torch.float32))
         return graph, torch.where(graph.present, a - self.beta, 0.0)
 
     def _attend(self, x: Tensor, graph: "_Graph") -> Tensor:
         sender, receiver = graph.pattern[:2]
-        q = self.query(x).unflatten(1, (self.heads, -1))
-        k = self.key(x).unflatten(1, (self.heads, -1))
+        q = wide(self.query(x)).unflatten(1, (self.heads, -1))
+        k = wide(self.key(x)).unflatten(1, (self.heads, -1))
         logits = (q[receiver] * k[sender]).sum(2) / math.sqrt(q.shape[2])  # (entries, heads)
         logits = logits.masked_fill(~graph.present[:, None], -math.inf)
         rows = receiver[:, None].expand_as(logits)
@@ -359,7 +374,9 @@ class ACMP(nn.Module):
 
     Raises
     ------
-    ValueError, RuntimeError
+    ValueError
+        As for `ACMPConv`, or if a parameter is out of range.
+    RuntimeError
         As for `ACMPConv`.
 
     References
@@ -402,7 +419,7 @@ class ACMP(nn.Module):
         edge_weight: Float[Tensor, " edges"] | None = None,
     ) -> Float[Tensor, "nodes out"]:
         """Return the output of each node."""
-        check_graph(x, edge_index, edge_weight, self.in_channels)
+        edge_index = check_graph(x, edge_index, edge_weight, self.in_channels)
         state = self.conv(self.encoder(self.input_dropout(x)), edge_index, edge_weight)
         return self.decoder(self.dropout(state.relu()))
 
@@ -418,7 +435,8 @@ class _Graph(NamedTuple):
 
 def _graph(x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, attention: str) -> _Graph:
     n, (sender, receiver) = len(x), edge_index
-    weight = x.new_ones(len(sender)) if edge_weight is None else edge_weight.to(x.dtype)
+    ones = torch.ones(len(sender), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    weight = ones if edge_weight is None else edge_weight.to(ones)
     sender, receiver, weight, present = add_self_loops(sender, receiver, weight, n)
     if attention != "transformer":
         weight = normalised(sender, receiver, weight, n, symmetric=attention == "gcn")

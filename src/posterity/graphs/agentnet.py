@@ -21,9 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, has_shape, integer, one_of, within
+from posterity._precision import wide
 from posterity._random import draw_device
-from posterity.graphs._graph import check_edges
-from posterity.graphs.segments import _aggregate, straight_through_choice
+from posterity.graphs._graph import check_edges, check_index, uncompiled
+from posterity.graphs.segments import _aggregate, _choose
 
 __all__ = ["AgentNet", "AgentTrace"]
 
@@ -175,9 +176,11 @@ class AgentNet(nn.Module):
         tuple of Tensor
             ``rowptr`` (nodes + 1,) and ``col`` (moves,).
         """
+        edge_index = check_edges(edge_index, integer("num_nodes", num_nodes, 0), source="num_nodes")
         rowptr, col, _ = _moves(edge_index, num_nodes, self_loops)
         return rowptr, col
 
+    @uncompiled  # what is computed depends on where agents stand
     def forward(
         self, x: Float[Tensor, "nodes features"], edge_index: Int[Tensor, "2 edges"],
         batch: Int[Tensor, " nodes"] | None = None, edge_attr: Float[Tensor, "edges channels"] | None = None, *,
@@ -211,16 +214,17 @@ class AgentNet(nn.Module):
         -------
         Tensor or tuple of Tensor and AgentTrace
         """
-        graph, position = self._begin(x, edge_index, batch, edge_attr, start, generator, csr)
+        edge_index, graph, position = self._begin(x, edge_index, batch, edge_attr, start, generator, csr)
         moves = (*csr, None) if csr is not None else _moves(edge_index, len(x), self.self_loops)
         arrivals = moves if csr is not None else _rows(edge_index.flip(0), len(x))
         n_graphs, k, h = len(position) // self.num_agents, self.num_agents, self.hidden_channels
-        edges = None if edge_attr is None else self.edge_encoder(edge_attr)
+        edges = None if edge_attr is None else wide(self.edge_encoder(edge_attr))
         nodes = _States(x, self.encoder, dense=len(x) <= 4 * len(position))
-        agents = self.agents.weight.repeat(n_graphs, 1)
+        agents = wide(self.agents.weight).repeat(n_graphs, 1)  # states grow step by step: they are not narrow
         times = self.time(_sinusoids(self.num_steps + 1, h).to(x))
-        weight, taken = x.new_ones(len(position)), None if edges is None else x.new_zeros(len(position), h)
-        trace, logits = [position], x.new_zeros(n_graphs, self.head.out_features)
+        weight = agents.new_ones(len(position))
+        taken = None if edges is None else agents.new_zeros(len(position), h)
+        trace, logits = [position], agents.new_zeros(n_graphs, self.head.out_features)
         for t in range(self.num_steps + 1):
             if t:
                 position, weight, taken = self._move(t, agents, nodes, moves, trace, edges, generator)
@@ -237,31 +241,35 @@ class AgentNet(nn.Module):
             )
             parts = [agents, nodes[position] * weight[:, None], *([] if taken is None else [taken])]
             agents = agents + self.read(torch.cat(parts, 1), times[t])
-            votes = self.vote(agents + self.readout_time(times[t])).view(n_graphs, k, -1)
+            ready = (agents + self.readout_time(times[t])).to(self.agents.weight.dtype)
+            votes = self.vote(ready).view(n_graphs, k, -1)
             logits = logits + self.head(torch.cat([votes.amax(1), votes.mean(1)], 1))
-        logits = logits / (self.num_steps + 1)
+        logits = (logits / (self.num_steps + 1)).to(x.dtype)
         return (logits, AgentTrace(torch.stack(trace))) if return_trace else logits
 
     def _begin(
         self, x: Tensor, edge_index: Tensor, batch: Tensor | None, edge_attr: Tensor | None, start: Tensor | None,
         generator: torch.Generator | None, csr: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-        """Check the input; return the graph of each node and the first node of each agent."""
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        """Check the input; return edges, the graph of each node and the first node of each agent."""
         has_shape("x", floating("x", x), (None, self.in_channels))
-        check_edges(edge_index, len(x), read=None if csr is None else False)
+        edge_index = check_edges(edge_index, len(x), read=None if csr is None else False)
         if (edge_attr is None) != (self.edge_dim is None):
             given = "not given" if edge_attr is None else "given"
             raise ValueError(
                 f"edge_attr must be given if and only if edge_dim is, edge_dim={self.edge_dim}, edge_attr {given}"
             )
         if edge_attr is not None:
-            has_shape("edge_attr", edge_attr, (edge_index.shape[1], self.edge_dim))
+            has_shape("edge_attr", floating("edge_attr", edge_attr), (edge_index.shape[1], self.edge_dim))
             if csr is not None:
                 raise ValueError("csr knows no edge features: give edge_attr without it")
+        if csr is not None:
+            check_index("csr[0]", csr[0], (len(x) + 1,), source="the nodes", read=False)
+            check_index("csr[1]", csr[1], (None,), read=False)
         if batch is None:
             sizes, first = x.new_tensor([len(x)], dtype=torch.int64), x.new_zeros(1, dtype=torch.int64)
         else:
-            has_shape("batch", batch, (len(x),), "x")
+            batch = check_index("batch", batch, (len(x),), source="x")
             if batch.device.type == "cpu" and bool((batch.diff() < 0).any()):
                 raise ValueError("batch must be sorted")
             sizes = torch.bincount(batch)
@@ -274,8 +282,8 @@ class AgentNet(nn.Module):
             share = torch.rand(len(sizes), generator=generator, dtype=torch.float64, device=where).to(
                 x.device
             )
-            return batch, first + (share * sizes).long().clamp_max(sizes - 1)
-        has_shape("start", start, (len(sizes),), "num_agents for each graph")
+            return edge_index, batch, first + (share * sizes).long().clamp_max(sizes - 1)
+        start = check_index("start", start, (len(sizes),), source="num_agents for each graph")
         if start.device.type == "cpu":
             outside = (start < first) | (start >= first + sizes)
             if bool(outside.any()):
@@ -283,7 +291,7 @@ class AgentNet(nn.Module):
                 raise ValueError(
                     f"start must place agents in their own graph, slot {slot} is at node {int(start[slot])}"
                 )
-        return batch, start
+        return edge_index, batch, start
 
     def _move(
         self, t: int, agents: Tensor, nodes: "_States", moves: tuple[Tensor, Tensor, Tensor | None],
@@ -300,11 +308,11 @@ class AgentNet(nn.Module):
             looked = (
                 [nodes[candidate], nodes[origin]] if edge is None else [nodes[candidate], edge, nodes[origin]]
             )
-            logits = (self.query(agents)[mover] * self.key(torch.cat(looked, 1))).sum(1) / math.sqrt(
-                agents.shape[1]
-            )
+            dtype = self.agents.weight.dtype
+            query, key = self.query(agents.to(dtype)), self.key(torch.cat(looked, 1).to(dtype))
+            logits = (wide(query)[mover] * wide(key)).sum(1) / math.sqrt(agents.shape[1])
         if self.mode != "random":
-            back, stay, explored, unexplored = self.move_bias
+            back, stay, explored, unexplored = wide(self.move_bias)
             past = torch.stack(trace)[:, mover] == candidate  # (t, candidates)
             last = (past * torch.arange(1, t + 1, device=past.device)[:, None]).amax(0) - 1
             known = (self.visited_decay ** (t - 2 - last).to(logits)) * (last >= 0)
@@ -313,9 +321,7 @@ class AgentNet(nn.Module):
             )
             if t >= 2:
                 logits = logits + back * past[t - 2]
-        chosen, weight = straight_through_choice(
-            logits, mover, len(here), temperature=self.temperature, generator=generator
-        )
+        chosen, weight = _choose(logits, mover, len(here), self.temperature, generator)
         if self.mode == "random":
             weight = torch.ones_like(weight)
         return candidate[chosen], weight, None if edge is None else edge[chosen]
@@ -334,7 +340,8 @@ class AgentNet(nn.Module):
         group, slot = group[other], slot[other]
         values = nodes[col[slot]]
         if edges is not None and numbers is not None:
-            values = self.message(torch.cat([values, _padded(edges, numbers[slot])], 1))
+            values = torch.cat([values, _padded(edges, numbers[slot])], 1)
+            values = wide(self.message(values.to(self.agents.weight.dtype)))
         return _aggregate(values, group, len(held), None, self.reduce)
 
 
@@ -353,15 +360,16 @@ class _Update(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """Return (rows, h)."""
-        return self.net(x if time is None else x + self.time(time))
+        dtype = self.net[1].weight.dtype
+        return self.net((x if time is None else x + self.time(time)).to(dtype))  # type: ignore[arg-type]
 
 
 class _States:
-    """States of nodes: encoded when first looked at, in a table where that is small."""
+    """States of nodes, not narrow: encoded when first looked at, in a table where that is small."""
 
     def __init__(self, x: Tensor, encoder: nn.Module, *, dense: bool) -> None:
         self.x, self.encoder = x, encoder
-        self.table = encoder(x) if dense else None
+        self.table = wide(encoder(x)) if dense else None
         self.ids = torch.empty(0, dtype=torch.int64, device=x.device)  # sorted nodes that have been written
         self.written: Tensor | None = None
 
@@ -369,7 +377,7 @@ class _States:
         if self.table is not None:
             return self.table[nodes]
         unique, inverse = torch.unique(nodes, return_inverse=True)
-        states = self.encoder(self.x[unique])
+        states = wide(self.encoder(self.x[unique]))
         if self.written is not None:
             place = torch.searchsorted(self.ids, unique).clamp_max(len(self.ids) - 1)
             known = self.ids[place] == unique

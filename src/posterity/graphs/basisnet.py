@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import floating, has_shape, integer, within
+from posterity._precision import wide
 from posterity.graphs.equivariant_layers import Equivariant1to1, Equivariant2to1, _mix_channels
 from posterity.graphs.laplacian import _check_eigs, eigenspaces
 
@@ -143,7 +144,7 @@ class BasisNet(nn.Module):
         for d, head in zip(self.dims, self.heads, strict=True):
             own = head(ops[self.members[d]])  # (b, d, nodes), shared: (b, nodes, d)
             nodes_first = own.movedim(1, 0) if self.trunk is not None else own.movedim(2, 0)
-            parts.append(nodes_first.reshape(n, -1))
+            parts.append(nodes_first.flatten(1))
         z = torch.cat(parts, 1)[:, self.column]
         if self.use_eigvals:
             z = torch.cat([z, eigvals.to(z.dtype).expand(n, -1)], 1)
@@ -155,7 +156,7 @@ class BasisNet(nn.Module):
         With s = V^T 1, the diagonal of V V^T is the row sums of V * V, the sums of its rows
         and columns are V s, and its total is s . s.
         """
-        V = eigvecs.T.contiguous()  # a segment sum over rows runs along memory
+        V = wide(eigvecs).T.contiguous()  # a segment sum over rows runs along memory
         k, n = V.shape
         spaces = len(self.multiplicities)
         s = V.sum(1, keepdim=True)
@@ -163,7 +164,8 @@ class BasisNet(nn.Module):
         row = V.new_zeros(spaces, n).index_add(0, self.group, V * (s / n))
         total = V.new_zeros(spaces, 1).index_add(0, self.group, (s / n).square())
         trace = diag.mean(1, keepdim=True)
-        return torch.stack([diag, trace.expand(-1, n), row, row, total.expand(-1, n)], 1)[:, None]
+        ops = torch.stack([diag, trace.expand(-1, n), row, row, total.expand(-1, n)], 1)
+        return ops[:, None].to(eigvecs.dtype)
 
 
 class _Projector(nn.Module):

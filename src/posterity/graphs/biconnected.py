@@ -20,6 +20,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from posterity._checks import integer
 from posterity.graphs._graph import check_undirected
 
 __all__ = ["Biconnectivity", "biconnectivity"]
@@ -81,7 +82,7 @@ def biconnectivity(edge_index: Int[Tensor, "2 edges"], num_nodes: int) -> Biconn
     >>> biconnectivity(path, 3).cut_vertex
     tensor([False,  True, False])
     """
-    check_undirected(edge_index, num_nodes)
+    edge_index = check_undirected(edge_index, integer("num_nodes", num_nodes, 0))
     send, receive = edge_index.cpu().numpy()
     low, high = np.minimum(send, receive), np.maximum(send, receive)
     keys, number = np.unique(low * num_nodes + high, return_inverse=True)

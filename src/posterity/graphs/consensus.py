@@ -19,6 +19,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import LinearOperator, eigs
 from torch import Tensor
 
+from posterity._checks import finite
+from posterity._precision import wide, widened
 from posterity.graphs._graph import check_graph
 from posterity.graphs.acmp import ACMPConv
 
@@ -28,6 +30,7 @@ DENSE = 3_000  # nodes up to which all eigenvalues are computed
 KRYLOV = 40  # vectors that the iteration keeps beyond
 
 
+@widened
 def dirichlet_energy(
     x: Float[Tensor, "nodes channels"],
     edge_index: Int[Tensor, "2 edges"],
@@ -61,7 +64,7 @@ def dirichlet_energy(
     >>> dirichlet_energy(torch.tensor([[0.0], [3.0]]), torch.tensor([[0, 1], [1, 0]]))
     tensor(9.)
     """
-    check_graph(x, edge_index, edge_weight)
+    edge_index = check_graph(x, edge_index, edge_weight)
     gap = (x[edge_index[0]] - x[edge_index[1]]).square().sum(1)
     return (gap if edge_weight is None else gap * edge_weight.to(gap)).sum() / max(len(x), 1)
 
@@ -110,20 +113,23 @@ def trapping_radius(
     >>> trapping_radius(ACMPConv(1, beta=0.6, delta_init=0.5), x, edge_index)  # sqrt(1 + 2 * 0.1)
     tensor([1.0954])
     """
-    check_graph(x, edge_index, edge_weight, conv.channels)
+    edge_index = check_graph(x, edge_index, edge_weight, conv.channels)
+    if not len(x):
+        raise ValueError("x must have at least one node, got 0")
     with torch.no_grad():
-        if not conv.reaction:
+        alpha, delta = conv._rates()
+        if delta is None:
             return x.new_full((conv.channels,), math.inf)
         graph, forces = conv._forces(x, edge_index, edge_weight)
         if conv.interaction == "difference":
             push = torch.where(graph.loop, 0.0, 2 * (-forces).relu())
         else:
             push = torch.where(graph.loop, forces, forces.abs())
-        k = x.new_zeros(len(x)).index_add(0, graph.pattern.receiver, push).amax()
-        outward = conv.alpha_raw.sigmoid() * (k if conv.interaction == "difference" else k - 1)
+        k = push.new_zeros(len(x)).index_add(0, graph.pattern.receiver, push).amax()
+        outward = alpha * (k if conv.interaction == "difference" else k - 1)
         if conv.source:
-            outward = outward + conv.source_weight.abs()
-        return (conv.barrier + outward.relu() / conv.delta_raw.sigmoid()).sqrt()
+            outward = outward + wide(conv.source_weight).abs()
+        return (conv.barrier + outward.relu() / delta).sqrt().to(x.dtype)
 
 
 def consensus_growth_rate(
@@ -175,18 +181,18 @@ def consensus_growth_rate(
             'conv must have interaction "difference" and no source, '
             f"got {conv.interaction!r} and source={conv.source}"
         )
-    check_graph(x, edge_index, edge_weight, conv.channels)
+    edge_index = check_graph(x, edge_index, edge_weight, conv.channels)
     n = len(x)
     with torch.no_grad():
         operator = conv._operator(x, edge_index, edge_weight)
-        entries = operator.weight.double().cpu().numpy()
+        entries = finite("x and edge_weight", operator.weight).double().cpu().numpy()
         where = operator.pattern.receiver.cpu().numpy(), operator.pattern.sender.cpu().numpy()
         parts, _ = connected_components(sparse.coo_array((np.ones(len(entries)), where), (n, n)), False)
         if n < 2 or parts > 1:
             raise ValueError(f"edge_index must connect all nodes, at least 2, got {n} in {parts} parts")
         m = _smallest(sparse.coo_array((-entries, where), (n, n)).tocsr(), n)
-        rate = -conv.alpha_raw.sigmoid() * m
-        return rate - 2 * conv.delta_raw.sigmoid() * conv.barrier if conv.reaction else rate
+        alpha, delta = conv._rates()
+        return (-alpha * m if delta is None else -alpha * m - 2 * delta * conv.barrier).to(x.dtype)
 
 
 def _smallest(L: sparse.csr_array, n: int) -> float:

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posterity._checks import at_least, has_shape, integer, needs
+from posterity._checks import at_least, floating, has_shape, integer, needs
 from posterity._random import draw_device
+from posterity.graphs._graph import check_edges, check_index
 
 __all__ = ["CSBM"]
 
@@ -137,6 +138,10 @@ class CSBM:
         torch_geometric.data.Data
             The old nodes keep their numbers.
         """
+        self._check(data.x, data.edge_index, data.y, "data.")
+        return self._with_node(data, generator)
+
+    def _with_node(self, data: Any, generator: torch.Generator | None) -> Any:
         n = len(data.y)
         y = torch.randint(2, (1,), generator=generator, device=draw_device(generator)).to(data.y)
         near = self._linked(y, data.y, generator).nonzero()[:, 0]
@@ -168,7 +173,8 @@ class CSBM:
         Tensor
             Two float64 numbers; the prior being equal, the larger is the Bayes decision.
         """
-        self._check(x, y, node)
+        edge_index, y = self._check(x, edge_index, y)
+        _check_node(node, len(x))
         near = _neighbours(edge_index, node)
         own = x[node].double()
         linked = torch.bincount(y[near], minlength=2).double()
@@ -206,7 +212,7 @@ class CSBM:
         labels = y.cpu().numpy()
         linked = 2 * int(labels[near].sum()) - len(near)
         others = 2 * (int(labels.sum()) - label) - (len(labels) - 1)
-        odds = 2 * float(x.cpu().numpy() @ self.mean.double().numpy()) / self.sigma**2
+        odds = 2 * float(x.double().cpu().numpy() @ self.mean.double().numpy()) / self.sigma**2
         odds += linked * self.edge_log_odds + others * (math.log1p(-self.p) - math.log1p(-self.q))
         return odds if label == 1 else -odds
 
@@ -219,10 +225,13 @@ class CSBM:
         u = torch.rand(same.shape, generator=generator, device=draw_device(generator))
         return u.to(same.device) < torch.where(same, self.p, self.q)
 
-    def _check(self, x: Tensor, y: Tensor, node: int) -> None:
-        has_shape("x", x, (None, self.n_features))
-        _check_labels(y, len(x))
-        _check_node(node, len(x))
+    def _check(
+        self, x: Any, edge_index: Any, y: Any, of: str = "", read: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return edges and labels of a graph; ``of`` is what has them, ``read`` whether to look at all edges."""
+        has_shape(f"{of}x", floating(f"{of}x", x), (None, self.n_features), "this model")
+        edge_index = check_edges(edge_index, len(x), name=f"{of}edge_index", read=read)
+        return edge_index, check_index(f"{of}y", y, (len(x),), 2, "classes", source=f"{of}x", read=True)
 
 
 def _neighbours(edge_index: Tensor, node: int) -> list[int]:
@@ -240,10 +249,3 @@ def _with_edges(edge_index: Tensor, node: int, others: Tensor) -> Tensor:
 def _check_node(node: int, n: int) -> None:
     if not 0 <= integer("node", node) < n:
         raise ValueError(f"node must be in 0..{n - 1}, got {node}")
-
-
-def _check_labels(y: Tensor, n: int) -> None:
-    has_shape("y", y, (n,), "x")
-    low, high = y.aminmax()
-    if int(low) < 0 or int(high) > 1:
-        raise ValueError(f"y must be 0 or 1, got values from {int(low)} to {int(high)}")

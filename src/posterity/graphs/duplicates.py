@@ -13,8 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from posterity._checks import floating, has_shape, integer, one_of
-from posterity.graphs._graph import check_edges
-from posterity.graphs.homophily import _check_labels
+from posterity.graphs._graph import check_edges, check_index
 
 __all__ = ["DuplicateReport", "duplicate_leakage", "find_duplicate_nodes", "remove_duplicate_nodes"]
 
@@ -87,19 +86,20 @@ def find_duplicate_nodes(
     tensor([0, 0, 1, 2])
     """
     n = integer("num_nodes", num_nodes, 1)
-    check_edges(edge_index, n, source="num_nodes", read=True)
+    edge_index = check_edges(edge_index, n, source="num_nodes", read=True)
     one_of("direction", direction, ("out", "in", "both"))
     node = torch.arange(n, device=edge_index.device)
     # All that must agree becomes one set of codes a node: neighbours, label, features.
-    sender, receiver = edge_index.long()
+    sender, receiver = edge_index
     rows = {"out": [sender], "in": [receiver], "both": [sender, receiver]}[direction]
     codes = {"out": [receiver], "in": [sender], "both": [receiver, sender + n]}[direction]
     alone = torch.bincount(torch.cat(rows), minlength=n) == 0
     rows.append(node[alone])
     codes.append(2 * n + node[alone])
     if y is not None:
+        y = check_index("y", y, (n,), source="the nodes", read=True)
         rows.append(node)
-        codes.append(3 * n + torch.unique(_check_labels(y, n), return_inverse=True)[1])
+        codes.append(3 * n + torch.unique(y, return_inverse=True)[1])
     if x is not None and has_shape("x", floating("x", x), (n, None), "num_nodes").shape[1]:
         rows.append(node)
         bits = x.detach().contiguous().view(torch.uint8)
@@ -164,12 +164,13 @@ def duplicate_leakage(
     >>> duplicate_leakage(torch.tensor([0, 0, 1, 2]), train, test)
     DuplicateReport(num_groups=1, num_nodes=2, num_surplus=1, leaked_share=0.5)
     """
-    has_shape("groups", groups, (None,))
+    groups = check_index("groups", groups, (None,), read=True)
     splits = train_mask.shape[:-1] if train_mask.ndim == 2 else ()
     train, test = _check_masks({"train_mask": train_mask, "test_mask": test_mask}, (*splits, len(groups)))
     _, group, count = torch.unique(groups, return_inverse=True, return_counts=True)
-    train, test = train.view(-1, len(group)), test.view(-1, len(group))
-    seen = torch.zeros(len(train), len(count), device=group.device).index_add_(1, group, train.float())
+    train, test = (mask if splits else mask[None] for mask in (train, test))
+    seen = torch.zeros(len(train), len(count), dtype=torch.long, device=group.device)
+    seen.index_add_(1, group, train.long())
     share = ((seen[:, group] > 0) & test).sum(1) / test.sum(1)
     twins = count[count > 1]
     return DuplicateReport(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from posterity._checks import has_shape, integer, one_of
 from posterity._random import draw_device
+from posterity.graphs._graph import check_edges, check_index
 from posterity.graphs.csbm import CSBM, _check_node, _neighbours, _with_edges
 from posterity.graphs.label_propagation import Predict, _rows
 
@@ -57,7 +58,9 @@ def attack_candidates(
         Node numbers.
     """
     one_of("kind", kind, ("l2-weak", "l2", "random"))
-    has_shape("y", y, (len(x),), "x")
+    has_shape("x", x, (None, None))
+    y = check_index("y", y, (len(x),), source="x", read=True)
+    edge_index = check_edges(edge_index, len(x), source="x", read=True)
     _check_node(node, len(x))
     free = y != y[node]
     free[_neighbours(edge_index, node)] = False
@@ -93,8 +96,11 @@ def bayes_robustness(
         -1 if the Bayes classifier does not say ``y[node]`` before any edge; the number of
         edges tried if none changes the class, which is always so for p <= q.
     """
-    csbm._check(x, y, node)
+    edge_index, y = csbm._check(x, edge_index, y, read=False)
+    _check_node(node, len(x))
     near = _neighbours(edge_index, node)
+    if near and not 0 <= near[0] <= near[-1] < len(x):  # of other edges nothing is made
+        raise ValueError(f"edge_index must name nodes in 0..{len(x) - 1} of x, got {near[0]} to {near[-1]}")
     _check_candidates(candidates, near, node, len(x))
     limit = _limit(candidates, max_edges)
     margin, step = csbm._margin(x[node], y, near, int(y[node])), csbm.edge_log_odds
@@ -130,7 +136,9 @@ def model_robustness(
         -1 if the answer is wrong before any edge, the number of edges tried if none
         changes it. Answers need not change once and for all: the first change counts.
     """
+    edge_index = check_edges(edge_index, len(x), source="x", read=True)
     _check_node(node, len(x))
+    integer("label", label, 0)
     _check_candidates(candidates, _neighbours(edge_index, node), node, len(x))
     limit = _limit(candidates, max_edges)
     batched = getattr(predict, "batched", None)
@@ -165,12 +173,9 @@ def _limit(candidates: Tensor, max_edges: int | None) -> int:
 
 
 def _check_candidates(candidates: Tensor, near: list[int], node: int, n: int) -> None:
-    if len(candidates) == 0:
+    listed = check_index("candidates", candidates, (None,), n, of="x", read=True).cpu().numpy()
+    if len(listed) == 0:
         return
-    listed = candidates.cpu().numpy()
-    low, high = listed.min(), listed.max()
-    if low < 0 or high >= n:
-        raise ValueError(f"candidates must be nodes in 0..{n - 1}, got {low} to {high}")
     given = np.zeros(n, dtype=bool)
     given[listed] = True
     if np.count_nonzero(given) < len(listed):

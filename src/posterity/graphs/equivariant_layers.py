@@ -11,10 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import floating, has_shape, integer
+from posterity._precision import wide, widened
 
 __all__ = ["Equivariant1to1", "Equivariant2to1", "ign_2to1"]
 
 
+@widened
 def ign_2to1(p: Float[Tensor, "batch channels n n"]) -> Float[Tensor, "batch channels 5 n"]:
     """Return the five linear maps from matrices to vectors that commute with relabelling.
 
@@ -45,8 +47,7 @@ def ign_2to1(p: Float[Tensor, "batch channels n n"]) -> Float[Tensor, "batch cha
             [2.0000, 3.0000],
             [2.5000, 2.5000]])
     """
-    has_shape("p", floating("p", p), (None, None, None, p.shape[-1]))
-    n = p.shape[-1]
+    n = has_shape("p", floating("p", p), (None,) * 4).shape[-1]
     has_shape("p", p, (None, None, n, n))
     diag = p.diagonal(dim1=2, dim2=3)
     row = p.mean(3)
@@ -145,7 +146,9 @@ class Equivariant1to1(nn.Module):
         """
         has_shape("x", floating("x", x), (None, len(self.coeffs), None), "this layer")
         own, mean = self.coeffs.movedim(1, 0).unbind(2)  # (out, in)
-        return _mix_channels(own, x, _mix_channels(mean, x.mean(2, keepdim=True), self.bias))
+        return _mix_channels(
+            own, x, _mix_channels(mean, wide(x).mean(2, keepdim=True).to(x.dtype), self.bias)
+        )
 
 
 def _mix_channels(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:

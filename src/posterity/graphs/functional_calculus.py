@@ -59,10 +59,11 @@ def apply_filter(
         Of the circle; by default the largest weighted in-degree over node weight, so that
         the disc by Gershgorin's theorem has the same centre, and this radius.
     radius : float, optional
-        Of the circle, larger than that disc; by default 1.25 times what encloses it, plus 0.1.
+        Of the circle, larger than that disc; by default 1.25 times what encloses it, or 0.1
+        around a single point.
     tol : float, default=1e-9
-        Largest change, relative to the largest value where that is above 1, at which
-        doubling the points of the circle stops.
+        Largest change, relative to the largest value, at which doubling the points of the
+        circle stops; rounding of what they sum to always may remain.
 
     Returns
     -------
@@ -122,28 +123,32 @@ def _contour(
     center = disc if center is None else at_least("center", center, -math.inf)
     least = abs(center - disc) + disc
     if radius is None:
-        radius = 1.25 * least + 0.1
+        radius = 1.25 * least or 0.1
     elif at_least("radius", radius, 0, strict=True) <= least:
         raise ValueError(
             f"radius must be greater than {least:g} to enclose the spectrum from {center:g}, got {radius}"
         )
     eye = torch.eye(len(L), dtype=torch.complex128, device=L.device)
 
-    def mean(count: int, offset: float) -> Tensor:
+    def mean(count: int, offset: float) -> tuple[Tensor, float]:
+        """Return the mean over points of the circle, and how large what is summed is."""
         angle = 2 * math.pi * (torch.arange(count, dtype=L.dtype, device=L.device) + offset) / count
         step = radius * torch.exp(1j * angle)
         points = center + step
         share = _values(g, points).to(eye) * step / count
-        total = torch.zeros_like(f, dtype=eye.dtype)
+        total, bulk = torch.zeros_like(f, dtype=eye.dtype), torch.zeros_like(f)
         size = max(1, 2**22 // L.numel())  # points whose systems fit into 64 MB together
         for z, c in zip(points.split(size), share.split(size), strict=True):
             solved = torch.linalg.solve(z[:, None, None] * eye - L, f.to(eye).expand(len(z), *f.shape))
             total = total + torch.einsum("k,kij->ij", c, solved)
-        return total.real
+            bulk += torch.einsum("k,kij->ij", c.detach().abs(), solved.detach().abs())
+        return total.real, float(bulk.max())
 
-    count, y = 32, mean(32, 0.0)
+    count, (y, bulk) = 32, mean(32, 0.0)
     while count < 4096:  # the points of the next rule are the old ones and those halfway
-        y, before, count = (y + mean(count, 0.5)) / 2, y, 2 * count
-        if float((y - before).detach().abs().max()) <= tol * max(1.0, float(y.detach().abs().max())):
+        (halfway, bulk), before = mean(count, 0.5), y
+        y, count = (y + halfway) / 2, 2 * count
+        change = float((y - before).detach().abs().max())
+        if change <= max(tol * float(y.detach().abs().max()), 64 * torch.finfo(f.dtype).eps * bulk):
             return y
     raise RuntimeError(f"4096 points on the circle do not reach tol={tol:g}: is g holomorphic on the disc?")

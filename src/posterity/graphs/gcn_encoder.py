@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from posterity._checks import has_shape, integer, within
+from posterity._checks import floating, has_shape, integer, within
 from posterity.graphs._graph import check_edges
 from posterity.graphs._sparse import gcn_adjacency, sparse_product
 from posterity.graphs.graph_views import _SparseFeatures
@@ -79,7 +79,7 @@ class GCNEncoder(nn.Module):
         Tensor
         """
         if not isinstance(x, _SparseFeatures):
-            has_shape("x", x, (None, self.in_channels))
+            has_shape("x", floating("x", x), (None, self.in_channels), "this network")
         adjacency = gcn_adjacency(check_edges(edge_index, len(x)), len(x), x.dtype)
         states: Any = x
         for weight, bias, norm, act in zip(self.weights, self.biases, self.norms, self.acts, strict=True):

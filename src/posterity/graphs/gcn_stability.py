@@ -21,6 +21,8 @@ from numpy.polynomial import Polynomial
 from torch import Tensor, nn
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of
+from posterity._precision import widened
+from posterity.graphs._graph import check_index
 from posterity.graphs.resolvent import ResolventConv, _check_features, _Graph, _Resolvent
 from posterity.graphs.strong_edges import _weighted_mean
 
@@ -120,13 +122,13 @@ class StableGCN(nn.Module):
         """Return the output of each node, or with ``pool`` of each graph of ``batch``."""
         _check_features(x, self.in_channels)
         if batch is not None:
-            has_shape("batch", batch, (x.shape[-2],), "x")
+            batch = check_index("batch", batch, (x.shape[-2],), source="x")
         graph = _Graph.of(edge_index, x.shape[-2], edge_weight, node_weight, x.device)
         resolvent = _Resolvent(graph, self.shift)
         for conv in self.convs:
             x = ACTIVATIONS[self.act](conv._filter(x, resolvent, self._weight(conv)))  # type: ignore[arg-type]
         if self.pool:
-            x = _weighted_mean(x.movedim(-2, 0), graph.mu.to(x.dtype), batch).movedim(0, -2)
+            x = _weighted_mean(x.movedim(-2, 0), graph.mu, batch).movedim(0, -2)
         return self.readout(x)
 
     def _weight(self, conv: ResolventConv) -> Tensor:
@@ -235,6 +237,7 @@ def stability_bound(
     return error * stretch / (root if model.pool else 1.0)
 
 
+@widened
 def _gain_squared(weight: Tensor, identity: bool, r: Tensor | None = None) -> Tensor:
     """Return the largest squared norm of sum_k r^k W_k, over r or over [0, 1]."""
     powers = torch.arange(len(weight), device=weight.device) + (0 if identity else 1)

@@ -17,7 +17,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from posterity._checks import floating, has_shape, integer, one_of
-from posterity.graphs._graph import check_undirected
+from posterity.graphs._graph import check_index
 from posterity.graphs.graph_distances import Distance, _conductances, _hops, _Layout, _resistance
 
 __all__ = ["gd_wl_colors", "gd_wl_equivalent"]
@@ -46,7 +46,8 @@ def gd_wl_colors(
     max_iter : int, optional
         Most rounds; by default until no colour splits.
     decimals : int, default=6
-        Distances that follow each other within ``10^-decimals`` are taken as equal.
+        Distances that follow each other within ``10^-decimals``, times the largest where that
+        is below 1, are taken as equal; so are those that rounding may have told apart.
 
     Returns
     -------
@@ -83,7 +84,7 @@ def gd_wl_colors(
     code = code.astype(np.int32 if small else np.int64)
     now = np.zeros(num_nodes, np.int64)
     if colors is not None:
-        now = _numbered(has_shape("colors", colors, (num_nodes,)).cpu().numpy())
+        now = _numbered(check_index("colors", colors, (num_nodes,), read=False).cpu().numpy())
     graph, place = layout.graph, layout.place
     rounds, classes = (
         max_iter if max_iter is not None else int(layout.sizes.max(initial=0)),
@@ -130,8 +131,10 @@ def gd_wl_equivalent(
         True for isomorphic graphs, and for those that the colours confuse.
     """
     one_of("distance", distance, ("spd", "rd", "both"))
-    for edges, n in ((edge_index_a, num_nodes_a), (edge_index_b, num_nodes_b)):
-        check_undirected(edges, n)
+    for name, edges, n in (("a", edge_index_a, num_nodes_a), ("b", edge_index_b, num_nodes_b)):
+        layout = _Layout(edges, integer(f"num_nodes_{name}", n, 0), None, f"edge_index_{name}")
+        if distance != "spd":
+            _conductances(layout, None)  # may find what is listed more often one way
     both = torch.cat([edge_index_a, edge_index_b + num_nodes_a], 1)
     batch = torch.arange(2).repeat_interleave(torch.tensor([num_nodes_a, num_nodes_b]))
     colors = gd_wl_colors(both, num_nodes_a + num_nodes_b, distance=distance, batch=batch)
@@ -154,8 +157,10 @@ def _own_distance(distance: Tensor, layout: _Layout, single: bool) -> Tensor:
 def _ranked(distance: ndarray, pairs: ndarray, decimals: int) -> ndarray:
     """Return the rank of each distance; values in a row that are nearer than 10^-decimals share one."""
     values = np.unique(distance[pairs])
+    size = np.abs(values, where=np.isfinite(values), out=np.zeros_like(values))
+    near = np.maximum(10.0**-decimals * min(1.0, size.max(initial=0)), 8 * np.finfo(values.dtype).eps * size)
     with np.errstate(invalid="ignore"):  # inf - inf
-        rank = np.cumsum(np.concatenate([[0], np.diff(values) > 10.0**-decimals]))[: len(values)]
+        rank = np.cumsum(np.concatenate([[0], np.diff(values) > near[1:]]))[: len(values)]
     out = np.zeros(distance.shape, np.int64)
     out[pairs] = rank[np.searchsorted(values, distance[pairs])]
     return out

@@ -19,8 +19,8 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components, shortest_path
 from torch import Tensor
 
-from posterity._checks import floating, has_shape
-from posterity.graphs._graph import check_undirected
+from posterity._checks import floating, has_shape, integer
+from posterity.graphs._graph import check_index, check_undirected
 
 __all__ = ["resistance_distance", "shortest_path_distance"]
 
@@ -48,8 +48,9 @@ def resistance_distance(
     Returns
     -------
     Tensor
-        In the default dtype (computed in float64), inf between components and on padding,
-        0 on the diagonal; differentiable in ``edge_weight``.
+        In the dtype of ``edge_weight`` or without it in the default dtype (computed in
+        float64), inf between components and on padding, 0 on the diagonal; differentiable in
+        ``edge_weight``.
 
     Raises
     ------
@@ -69,7 +70,8 @@ def resistance_distance(
     tensor([0.0000, 0.6667, 0.6667])
     """
     layout = _Layout(edge_index, num_nodes, batch)
-    out = _resistance(layout, _conductances(layout, edge_weight)).to(torch.get_default_dtype())
+    dtype = torch.get_default_dtype() if edge_weight is None else edge_weight.dtype
+    out = _resistance(layout, _conductances(layout, edge_weight)).to(dtype)
     return out if batch is not None else out[0]
 
 
@@ -107,17 +109,21 @@ def shortest_path_distance(
 class _Layout:
     """Where each node of a batch stands in padded arrays; checks the edges."""
 
-    def __init__(self, edge_index: Tensor, num_nodes: int, batch: Tensor | None) -> None:
-        check_undirected(edge_index, num_nodes)
-        self.edges = edge_index.cpu().numpy()
+    def __init__(
+        self, edge_index: Tensor, num_nodes: int, batch: Tensor | None, name: str = "edge_index"
+    ) -> None:
+        self.name = name
+        self.edges = check_undirected(edge_index, integer("num_nodes", num_nodes, 0), name).cpu().numpy()
         self.num_nodes, self.device = num_nodes, edge_index.device
         if batch is None:
             self.graph = np.zeros(num_nodes, np.int64)
             self.sizes = np.array([num_nodes])
         else:
-            self.graph = has_shape("batch", batch, (num_nodes,)).cpu().numpy()
-            if num_nodes and (self.graph[0] < 0 or (np.diff(self.graph) < 0).any()):
-                raise ValueError("batch must be sorted and not negative")
+            self.graph = (
+                check_index("batch", batch, (num_nodes,), source="the nodes", read=True).cpu().numpy()
+            )
+            if (np.diff(self.graph) < 0).any():
+                raise ValueError("batch must be sorted")
             self.sizes = np.bincount(self.graph)
         starts = self.sizes.cumsum() - self.sizes
         self.place = np.arange(num_nodes) - starts[self.graph]
@@ -162,8 +168,10 @@ def _conductances(layout: _Layout, edge_weight: Tensor | None) -> Tensor:
     uneven = (fixed - fixed.mT).abs() > 1e-9 * fixed.abs()
     if bool(uneven.any()):
         g, i, j = uneven.nonzero()[0].tolist()
+        rule = "list an edge as often" if edge_weight is None else "be the same"
         raise ValueError(
-            f"edge_weight must be the same in both directions, got {float(fixed[g, i, j]):g} and {float(fixed[g, j, i]):g}"
+            f"{layout.name if edge_weight is None else 'edge_weight'} must {rule} in both directions, "
+            f"got {float(fixed[g, i, j]):g} and {float(fixed[g, j, i]):g}"
         )
     return out
 
@@ -180,12 +188,20 @@ def _components(layout: _Layout) -> Tensor:
 
 
 def _resistance(layout: _Layout, conductance: Tensor) -> Tensor:
-    """Return padded resistances: with M = (L + 1 1' / n of each component)^-1, M_ii + M_jj - 2 M_ij."""
+    """Return padded resistances: M_ii + M_jj - 2 M_ij, M = (L + c 1 1' / n of each component)^-1.
+
+    Any c > 0 gives the same; near the largest conductance both parts are of one size, and as a
+    power of two it rounds nothing.
+    """
+    if not conductance.numel():
+        return conductance
     component = _components(layout)
     mask = component >= 0
     same = (component[:, :, None] == component[:, None, :]) & mask[:, :, None]
     size = same.sum(-1, keepdim=True).clamp_min(1)
-    matrix = same / size - conductance
+    top = (same * conductance.detach().amax(-1)[:, None, :]).amax(-1, keepdim=True)
+    unit = torch.where(top > 0, torch.where(top > 0, top, 1.0).log2().floor().exp2(), 1.0)
+    matrix = same * unit / size - conductance
     matrix.diagonal(dim1=-2, dim2=-1).add_(conductance.sum(-1) + ~mask)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
     diagonal = inverse.diagonal(dim1=-2, dim2=-1)

@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posterity._checks import one_of, within
+from posterity._checks import floating, has_shape, one_of, within
+from posterity._precision import wide
 from posterity._random import draw_device
+from posterity.graphs._graph import check_edges, uncompiled
 from posterity.graphs._sparse import SparseMatrix, sparse_product
 
 __all__ = ["augment_graph", "corrupt_graph"]
@@ -53,6 +55,7 @@ def augment_graph(
     """
     within("drop_edge", drop_edge, 0, 1, open_high=True)
     within("drop_feature", drop_feature, 0, 1, open_high=True)
+    _check_view(x, edge_index)
     return _augment(x, edge_index, drop_edge, drop_feature, generator)
 
 
@@ -81,6 +84,7 @@ def corrupt_graph(
         ``(x, edge_index)``.
     """
     one_of("kind", kind, CORRUPTIONS)
+    _check_view(x, edge_index)
     return _corrupt(x, edge_index, kind, generator)
 
 
@@ -91,26 +95,33 @@ class _SparseFeatures:
     gradient, is made once.
     """
 
-    def __init__(self, base: SparseMatrix, order: Tensor | None = None, kept: Tensor | None = None) -> None:
-        self.base, self.order, self.kept = base, order, kept
-        matrix = base.matrix
-        self.shape, self.dtype, self.device, self.ndim = matrix.shape, matrix.dtype, matrix.device, 2
+    def __init__(
+        self,
+        base: SparseMatrix,
+        order: Tensor | None = None,
+        kept: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        self.base, self.order, self.kept, self.dtype = base, order, kept, dtype
+        self.shape, self.device, self.ndim = base.matrix.shape, base.matrix.device, 2
 
     @classmethod
     def of(cls, x: Tensor) -> "_SparseFeatures":
         with warnings.catch_warnings():  # torch calls its CSR tensors beta
             warnings.simplefilter("ignore")
-            return cls(SparseMatrix(x.to_sparse_csr()))
+            return cls(SparseMatrix(wide(x).to_sparse_csr()), dtype=x.dtype)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, order: Tensor) -> "_SparseFeatures":
-        return _SparseFeatures(self.base, order if self.order is None else self.order[order], self.kept)
+        order = order if self.order is None else self.order[order]
+        return _SparseFeatures(self.base, order, self.kept, dtype=self.dtype)
 
     def without_columns(self, kept: Tensor) -> "_SparseFeatures":
         kept = kept if self.kept is None else kept & self.kept
-        return _SparseFeatures(self.base, self.order, kept)
+        return _SparseFeatures(self.base, self.order, kept, dtype=self.dtype)
 
     def times(self, weight: Tensor) -> Tensor:
         if self.kept is not None:
@@ -119,6 +130,12 @@ class _SparseFeatures:
         return out if self.order is None else out[self.order]
 
 
+def _check_view(x: Any, edge_index: Any) -> None:
+    has_shape("x", floating("x", x), (None, None))
+    check_edges(edge_index, len(x), source="x")
+
+
+@uncompiled
 def _augment(
     x: Any, edge_index: Tensor, drop_edge: float, drop_feature: float, generator: torch.Generator | None
 ) -> View:
@@ -130,6 +147,7 @@ def _augment(
     return view, edge_index[:, kept]
 
 
+@uncompiled
 def _corrupt(x: Any, edge_index: Tensor, kind: str, generator: torch.Generator | None) -> View:
     if kind == "sparsify":
         return _augment(x, edge_index, 0.95, 0.95, generator)
@@ -137,13 +155,13 @@ def _corrupt(x: Any, edge_index: Tensor, kind: str, generator: torch.Generator |
     if "shuffle-features" in kind:
         x = x[torch.randperm(n, generator=generator, device=draw_device(generator)).to(x.device)]
     elif "random-features" in kind:
-        x = torch.rand(x.shape, generator=generator, device=draw_device(generator), dtype=x.dtype).to(
-            x.device
-        )
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        drawn = torch.rand(x.shape, generator=generator, device=draw_device(generator), dtype=dtype)
+        x = drawn.to(device=x.device, dtype=x.dtype)
     if "count" in kind:
         low, high = math.ceil(0.75 * count), math.ceil(1.25 * count)
         count = int(torch.randint(low, high + 1, (), generator=generator, device=draw_device(generator)))
-    if "edges" in kind:
+    if "edges" in kind and n:
         edge_index = torch.randint(n, (2, count), generator=generator, device=draw_device(generator)).to(
             edge_index
         )

@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from posterity._checks import floating, has_shape, integer, one_of, within
+from posterity._precision import wide
+from posterity.graphs._graph import uncompiled
 from posterity.graphs.graph_distances import Distance, _conductances, _hops, _Layout, _resistance
 
 __all__ = ["DistanceBias", "GDAttention", "GraphormerGD"]
@@ -46,7 +48,7 @@ class GDAttention(nn.Module):
     ) -> None:
         super().__init__()
         integer("channels", channels, 1)
-        self.num_heads = integer("num_heads", num_heads, 1)
+        self.channels, self.num_heads = channels, integer("num_heads", num_heads, 1)
         if channels % num_heads:
             raise ValueError(f"num_heads must divide channels, got {num_heads} for {channels}")
         self.relu_mul = relu_mul
@@ -74,18 +76,23 @@ class GDAttention(nn.Module):
         -------
         Tensor
         """
-        graphs, n, channels = x.shape
+        has_shape("x", floating("x", x), (None, None, self.channels), "this layer")
+        (graphs, n, channels), heads = x.shape, self.num_heads
+        for name, each in (("bias", bias), ("mul", mul)):
+            has_shape(name, floating(name, each), (graphs, heads, n, n), "x and num_heads")
+        if mask is not None:
+            _check_mask(mask, (graphs, n))
         q, k, v = (
-            part(x).view(graphs, n, self.num_heads, -1).transpose(1, 2)
+            part(x).view(graphs, n, heads, channels // heads).transpose(1, 2)
             for part in (self.q_proj, self.k_proj, self.v_proj)
         )
-        logits = q @ k.mT / math.sqrt(channels / self.num_heads) + bias
+        logits = wide(q @ k.mT) / math.sqrt(channels / heads) + bias
         if mask is not None:  # not -inf: a graph without nodes would be NaN
-            logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(x.dtype).min)
+            logits = logits.masked_fill(~mask[:, None, None, :], torch.finfo(logits.dtype).min)
         weight = self.dropout(logits.softmax(-1)) * (mul.relu() if self.relu_mul else mul)
         if mask is not None:
             weight = weight.masked_fill(~mask[:, None, None, :], 0)
-        return self.out_proj((weight @ v).transpose(1, 2).reshape(graphs, n, channels))
+        return self.out_proj((weight.to(v.dtype) @ v).transpose(1, 2).reshape(graphs, n, channels))
 
 
 class DistanceBias(nn.Module):
@@ -144,6 +151,10 @@ class DistanceBias(nn.Module):
         tuple of Tensor
             Bias and mul, ``(graphs, heads, n, n)``.
         """
+        has_shape("spd", floating("spd", spd), (None, spd.shape[-1], spd.shape[-1]))
+        has_shape("rd", floating("rd", rd), spd.shape, "spd")
+        if self.use_spd:
+            _check_hops("spd", spd)
         bias, mul = torch.zeros((), dtype=rd.dtype, device=rd.device), None
         if self.use_spd:
             hops = torch.where(torch.isinf(spd), self.max_hops + 1, spd.clamp_max(self.max_hops)).long()
@@ -153,6 +164,18 @@ class DistanceBias(nn.Module):
         if self.use_rd:
             bias, mul = bias + self.bias_kernels(rd), mul + self.mul_kernels(rd)
         return bias.permute(0, 3, 1, 2), mul.permute(0, 3, 1, 2)
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be a mask of bool, got dtype {mask.dtype}")
+    has_shape("mask", mask, shape, "x")
+
+
+@uncompiled
+def _check_hops(name: str, spd: Tensor) -> None:
+    if spd.device.type == "cpu" and not bool((spd >= 0).all()):  # NaN is neither
+        raise ValueError(f"{name} must be at least 0, got {float(spd.min()):g}")
 
 
 class _Kernels(nn.Module):
@@ -168,10 +191,10 @@ class _Kernels(nn.Module):
     def forward(self, distance: Tensor) -> Tensor:
         """Return (..., heads)."""
         known = torch.isfinite(distance)[..., None]
-        width = self.std.abs() + 0.01
-        z = (torch.where(known, distance[..., None], 0) - self.mean) / width
+        width = wide(self.std).abs() + 0.01
+        z = (torch.where(known, wide(distance)[..., None], 0) - wide(self.mean)) / width
         kernels = torch.exp(-z.square() / 2) / (math.sqrt(2 * math.pi) * width)
-        return self.mlp(kernels * known)
+        return self.mlp((kernels * known).to(self.mean.dtype))
 
 
 class GraphormerGD(nn.Module):
@@ -282,13 +305,16 @@ class GraphormerGD(nn.Module):
         Tensor
         """
         has_shape("x", floating("x", x), (None, self.in_channels))
-        layout = _Layout(edge_index, len(x), batch)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        layout, edge_index = _laid_out(edge_index, len(x), batch), edge_index.long()
         mask = torch.from_numpy(layout.mask).to(x.device)
         graph, place = (torch.from_numpy(part).to(x.device) for part in (layout.graph, layout.place))
         spd, rd = self._distances(layout) if distances is None else distances
         for name, each in (("distances[0]", spd), ("distances[1]", rd)):
             has_shape(name, each, (*mask.shape, mask.shape[1]), "the padded batch")
-        bias, mul = self.bias(spd.to(x), rd.to(x))
+        if distances is not None and self.bias.use_spd:
+            _check_hops("distances[0]", spd)
+        bias, mul = self.bias(spd.to(x.device, dtype), rd.to(x.device, dtype))
         degree = torch.bincount(edge_index[1], minlength=len(x)).clamp_max(63)
         states = self.norm(self.encoder(x) + self.degree(degree))
         padded = states.new_zeros(*mask.shape, states.shape[1]).index_put((graph, place), states)
@@ -306,12 +332,18 @@ class GraphormerGD(nn.Module):
         u, v = states[edge_index[0]], states[edge_index[1]]
         return (self.head(torch.cat([u, v], 1)) + self.head(torch.cat([v, u], 1))) / 2
 
+    @uncompiled
     def _distances(self, layout: "_Layout") -> tuple[Tensor, Tensor]:
         """Return hops and resistance; the one that is not looked at is a copy of the other."""
         with torch.no_grad():
             spd = _hops(layout) if self.distances != "rd" else None
             rd = _resistance(layout, _conductances(layout, None)) if self.distances != "spd" else spd
             return (rd if spd is None else spd), rd  # type: ignore[return-value]
+
+
+@uncompiled
+def _laid_out(edge_index: Tensor, num_nodes: int, batch: Tensor | None) -> _Layout:
+    return _Layout(edge_index, num_nodes, batch)
 
 
 class _Block(nn.Module):

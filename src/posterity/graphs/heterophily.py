@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer, one_of, within
+from posterity._precision import wide, widened
 from posterity.graphs._graph import check_edges
 from posterity.graphs._sparse import (
     Adjacency,
@@ -147,7 +148,7 @@ class HeterophilyGNN(nn.Module):
     ) -> Float[Tensor, "nodes out"]:
         """Return the outputs of each node."""
         has_shape("x", floating("x", x), (None, self.in_channels), "this network")
-        check_edges(edge_index, len(x), source="x")
+        edge_index = check_edges(edge_index, len(x), source="x")
         graph = None if self.model == "ResNet" else self._graph(edge_index, len(x), x.dtype)
         x = F.gelu(self.dropout(self.input_linear(x)))
         for module in self.residual_modules:
@@ -167,6 +168,7 @@ class HeterophilyGNN(nn.Module):
         return Adjacency(pattern, normalised(pattern.sender, pattern.receiver, ones, n, symmetric=False))
 
 
+@widened
 def sgc_features(
     x: Float[Tensor, "nodes features"], edge_index: Int[Tensor, "2 edges"], *, num_props: int = 5
 ) -> Float[Tensor, "nodes features"]:
@@ -192,7 +194,7 @@ def sgc_features(
         If the arguments do not fit.
     """
     has_shape("x", floating("x", x), (None, None))
-    check_edges(edge_index, len(x), source="x")
+    edge_index = check_edges(edge_index, len(x), source="x")
     graph = gcn_adjacency(edge_index, len(x), x.dtype)
     for _ in range(integer("num_props", num_props, 1)):
         x = sparse_product(graph, x)
@@ -227,7 +229,7 @@ def adjacency_features(edge_index: Int[Tensor, "2 edges"], num_nodes: int) -> Fl
     tensor([[0., 1.],
             [0., 0.]])
     """
-    check_edges(edge_index, integer("num_nodes", num_nodes, 1), source="num_nodes", read=True)
+    edge_index = check_edges(edge_index, integer("num_nodes", num_nodes, 1), source="num_nodes", read=True)
     dense = torch.zeros(num_nodes, num_nodes, device=edge_index.device)
     dense[edge_index[0], edge_index[1]] = 1
     return dense.fill_diagonal_(0)
@@ -277,11 +279,12 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor, graph: EdgePattern) -> Tensor:
         z = self.input_linear(x)
-        u, v = self.attn_linear_u(z).T.flatten(), self.attn_linear_v(z).T.flatten()
+        u, v = (wide(part(z)).T.flatten() for part in (self.attn_linear_u, self.attn_linear_v))
         scores = F.leaky_relu(u.index_select(0, graph.sender) + v.index_select(0, graph.receiver), 0.2)
-        rows = z.view(len(z), -1, self.heads).permute(2, 0, 1).reshape(len(u), -1)  # the head is last
+        size = z.shape[1] // self.heads
+        rows = z.view(len(z), size, self.heads).permute(2, 0, 1).reshape(len(u), size)  # the head is last
         message = _attend(scores, rows, graph)
-        message = message.view(self.heads, len(z), -1).permute(1, 2, 0).reshape(z.shape)
+        message = message.view(self.heads, len(z), size).permute(1, 2, 0).reshape(z.shape)
         return self.feed_forward_module(torch.cat([z, message], 1) if self.apart else message, graph)
 
 
@@ -297,18 +300,21 @@ class _Transformer(nn.Module):
 
     def forward(self, x: Tensor, graph: EdgePattern) -> Tensor:
         n, width = x.shape
+        size = width // self.heads
         q, k, v = (
-            part(x).view(n, self.heads, -1).transpose(0, 1).reshape(n * self.heads, -1)
+            part(x).view(n, self.heads, size).transpose(0, 1).reshape(n * self.heads, size)
             for part in (self.attn_query, self.attn_key, self.attn_value)
         )
-        scores = edge_dots(graph, q / (width // self.heads) ** 0.5, k)
-        message = _attend(scores, v, graph).view(self.heads, n, -1).transpose(0, 1).reshape(n, width)
+        scores = edge_dots(graph, wide(q) / size**0.5, k)
+        message = _attend(scores, v, graph).view(self.heads, n, size).transpose(0, 1).reshape(n, width)
         return self.dropout(self.output_linear(torch.cat([x, message], 1) if self.apart else message))
 
 
 def _attend(scores: Tensor, x: Tensor, graph: EdgePattern) -> Tensor:
     """Return the mean of the senders' rows under the softmax of the scores of incoming edges."""
+    dtype, x = x.dtype, wide(x)
     top = scores.new_full((len(x),), -torch.inf).scatter_reduce(0, graph.receiver, scores.detach(), "amax")
     weight = (scores - top.index_select(0, graph.receiver)).exp()
     total = sparse_product(Adjacency(graph, weight), torch.cat([x, torch.ones_like(x[:, :1])], 1))
-    return total[:, :-1] / total[:, -1:].clamp_min(1)  # the largest weight is 1; 0 where no edge comes in
+    mean = total[:, :-1] / total[:, -1:].clamp_min(1)  # the largest weight is 1; 0 where no edge comes in
+    return mean.to(dtype)

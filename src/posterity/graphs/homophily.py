@@ -12,14 +12,12 @@ where unlike labels determine each other.
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Int
 from numpy import ndarray
 from scipy import sparse
 from torch import Tensor
 
-from posterity._checks import has_shape
-from posterity.graphs._graph import check_edges
+from posterity.graphs._graph import check_edges, check_index
 
 __all__ = ["adjusted_homophily", "edge_homophily", "label_informativeness", "node_homophily"]
 
@@ -148,9 +146,8 @@ def label_informativeness(edge_index: Int[Tensor, "2 edges"], y: Int[Tensor, " n
 
 def _undirected(edge_index: Tensor, y: Tensor) -> tuple[ndarray, ndarray, ndarray]:
     """Return both ends of each undirected edge, once, and the labels counted from 0."""
-    label = np.unique(_check_labels(y).cpu().numpy(), return_inverse=True)[1]
-    check_edges(edge_index, len(y), source="y", read=True)
-    u, v = edge_index.long().cpu().numpy()
+    label = np.unique(check_index("y", y, (None,), read=True).cpu().numpy(), return_inverse=True)[1]
+    u, v = check_edges(edge_index, len(y), source="y", read=True).cpu().numpy()
     pairs = (np.minimum(u, v) * len(y) + np.maximum(u, v))[u != v]
     if not len(pairs):
         raise ValueError("edge_index must hold an edge between two nodes, got none")
@@ -175,12 +172,3 @@ def _joint(edge_index: Tensor, y: Tensor, classes: int = 1) -> Any:
 def _entropy(shares: ndarray) -> float:
     shares = shares[shares > 0]
     return float(-(shares * np.log(shares)).sum())
-
-
-def _check_labels(y: Any, n: int | None = None) -> Tensor:
-    has_shape("y", y, (n,), "" if n is None else "the nodes")
-    if y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"y must hold integers, got dtype {y.dtype}")
-    if len(y) and int(y.min()) < 0:
-        raise ValueError(f"y must not be negative, got {int(y.min())}")
-    return y

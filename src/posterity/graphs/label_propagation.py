@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posterity._checks import has_shape, integer, within
-from posterity.graphs._graph import csr
+from posterity._checks import floating, has_shape, integer, within
+from posterity._precision import widened
+from posterity.graphs._graph import check_edges, check_index, csr
+from posterity.graphs._sparse import SparseMatrix, sparse_product
 
 __all__ = ["propagate_labels", "with_label_propagation"]
 
@@ -63,8 +65,10 @@ def propagate_labels(
     """
     integer("num_layers", num_layers, 0)
     within("alpha", alpha, 0, 1, open_high=True)
-    start = _start(scores, y_known, known, normalize)
-    return _diffuse(start, _normalized(edge_index, scores), num_layers, alpha, clamp)
+    has_shape("scores", floating("scores", scores), (None, None))
+    known = check_index("known", known, (None,), len(scores), of="scores", read=True)
+    edge_index = check_edges(edge_index, len(scores), source="scores", read=True)
+    return _diffuse(scores, y_known, known, edge_index, num_layers, alpha, clamp, normalize)
 
 
 def with_label_propagation(
@@ -94,6 +98,9 @@ def with_label_propagation(
     integer("num_classes", num_classes, 2)
     integer("num_layers", num_layers, 0)
     within("alpha", alpha, 0, 1, open_high=True)
+    y_known = check_index(
+        "y_known", y_known, (None,), num_classes if predict is None else None, "classes", read=True
+    )
     single = predict is not None and not hasattr(predict, "batched")
     return (_Propagated if single else _BatchPropagated)(predict, y_known, num_classes, num_layers, alpha)
 
@@ -108,17 +115,23 @@ class _Propagated:
         self.num_layers, self.alpha = num_layers, alpha
 
     def __call__(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        edge_index = check_edges(edge_index, len(x), source="x")
         scores = (
             x.new_zeros(len(x), self.num_classes) if self.predict is None else self.predict(x, edge_index)
         )
-        _rows(scores, len(x))
-        return _diffuse(
-            self._start(scores), _normalized(edge_index, scores), self.num_layers, self.alpha, False
-        )
+        return self._mixed(_rows(scores, len(x)), edge_index, 1)
 
-    def _start(self, scores: Tensor) -> Tensor:
-        known = torch.arange(len(self.y_known), device=scores.device)
-        return _start(scores, self.y_known, known, normalize=self.predict is not None)
+    def _mixed(self, scores: Tensor, edge_index: Tensor, copies: int) -> Tensor:
+        if len(self.y_known) > len(scores) // copies:
+            raise ValueError(
+                f"y_known must have at most a label a node, got {len(self.y_known)} for {len(scores) // copies}"
+            )
+        first = torch.arange(copies, device=scores.device)[:, None] * (len(scores) // copies)
+        known = (first + torch.arange(len(self.y_known), device=scores.device)).flatten()
+        labels, normalize = self.y_known.repeat(copies), self.predict is not None
+        return _diffuse(
+            scores, labels, known, edge_index, self.num_layers, self.alpha, clamp=False, normalize=normalize
+        )
 
 
 class _BatchPropagated(_Propagated):
@@ -131,26 +144,19 @@ class _BatchPropagated(_Propagated):
             scores = x.new_zeros(len(edge_indices), n, self.num_classes)
         else:
             scores = self.predict.batched(x, edge_indices)  # type: ignore[attr-defined]
-        start = torch.cat([self._start(each) for each in scores])
-        edges = torch.cat(
-            [edges + k * n for k, edges in enumerate(edge_indices)], 1
-        )  # labels go with each copy
-        mixed = _diffuse(start, _normalized(edges, start), self.num_layers, self.alpha, False)
+        edges = torch.cat([edges + k * n for k, edges in enumerate(edge_indices)], 1)
+        mixed = self._mixed(scores.flatten(0, 1), edges, len(edge_indices))  # labels go with each copy
         return mixed.view(len(edge_indices), n, -1)
 
 
 def _start(scores: Tensor, y_known: Tensor, known: Tensor, normalize: bool) -> Tensor:
-    n, classes = scores.shape
-    has_shape("y_known", y_known, known.shape, "known")
-    if len(known) and (int(known.min()) < 0 or int(known.max()) >= n):
-        raise ValueError(f"known must be nodes below {n}, got {int(known.min())} to {int(known.max())}")
+    classes = scores.shape[1]
+    y_known = check_index("y_known", y_known, known.shape, classes, "classes", source="known", read=True)
     if len(known.unique()) < len(known):
         raise ValueError("known must not repeat a node")
-    if len(y_known) and (int(y_known.min()) < 0 or int(y_known.max()) >= classes):
-        raise ValueError(
-            f"y_known must be classes below {classes}, got {int(y_known.min())} to {int(y_known.max())}"
-        )
     start = scores.softmax(-1) if normalize else scores
+    if not len(known):
+        return start
     labels = torch.nn.functional.one_hot(y_known, classes).to(scores)
     return start.index_copy(0, known, labels)
 
@@ -166,10 +172,15 @@ def _normalized(edge_index: Tensor, like: Tensor) -> Tensor:
     return csr(ends, col, scale[row] * scale[col])
 
 
-def _diffuse(start: Tensor, smooth: Tensor, num_layers: int, alpha: float, clamp: bool) -> Tensor:
-    z = start
+@widened
+def _diffuse(
+    scores: Tensor, y_known: Tensor, known: Tensor, edge_index: Tensor, num_layers: int, alpha: float,
+    clamp: bool, normalize: bool,
+) -> Tensor:  # fmt: skip
+    z = start = _start(scores, y_known, known, normalize)
+    smooth = SparseMatrix(_normalized(edge_index, scores))
     for _ in range(num_layers):
-        z = alpha * (smooth @ z) + (1 - alpha) * start
+        z = alpha * sparse_product(smooth, z) + (1 - alpha) * start
         if clamp:
             z = z.clamp(0, 1)
     return z

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posterity._checks import finite, floating, has_shape, integer, needs, one_of, within
+from posterity._precision import wide
 from posterity.graphs._graph import check_edges
 
 __all__ = ["AddLaplacianEigs", "eigenspaces", "laplacian_eigs"]
@@ -75,20 +76,20 @@ def laplacian_eigs(
     one_of("normalization", normalization, ("sym", None))
     if one_of("method", method, ("auto", "dense", "sparse")) == "sparse" and k == n:
         raise ValueError(f'k must be less than the number of nodes, {n}, for method="sparse", got {k}')
-    check_edges(edge_index, n)
+    edge_index = check_edges(edge_index, n, read=True)
     weight = np.ones(edge_index.shape[1])
     if edge_weight is not None:
-        has_shape("edge_weight", floating("edge_weight", edge_weight), (edge_index.shape[1],), "edge_index")
-        weight = finite("edge_weight", edge_weight).double().cpu().numpy()
-        if (weight < 0).any():
-            raise ValueError(f"edge_weight must be at least 0, got {weight.min()}")
+        weight = _check_weight("edge_weight", edge_weight, edge_index).double().cpu().numpy()
 
     ends = edge_index.cpu().numpy()
     keep = ends[0] != ends[1]
     pairs, inverse = np.unique(np.sort(ends[:, keep], axis=0), axis=1, return_inverse=True)
     largest = np.zeros(pairs.shape[1])
     np.maximum.at(largest, inverse.ravel(), weight[keep])
-    half = coo_array((largest, (pairs[0], pairs[1])), shape=(n, n)).tocsc()
+    # In units of a power of two near the largest weight, which no entry is rounded by, the
+    # shift below is small beside the eigenvalues and not beside rounding.
+    unit = np.exp2(np.floor(np.log2(largest.max(initial=0)))) if largest.any() else 1.0
+    half = coo_array((largest / unit, (pairs[0], pairs[1])), shape=(n, n)).tocsc()
     adjacency = half + half.T
     degree = np.asarray(adjacency.sum(axis=0)).ravel()
     if normalization == "sym":
@@ -111,8 +112,9 @@ def laplacian_eigs(
         values, vectors = (
             torch.from_numpy(a).to(edge_index.device) for a in (found[0][order], found[1][:, order])
         )
+    values = values.clamp_min(0) * (1.0 if normalization else unit)  # rounding goes below 0
     dtype = torch.get_default_dtype() if edge_weight is None else edge_weight.dtype
-    return values.clamp_min(0).to(dtype), vectors.to(dtype).contiguous()  # rounding goes below 0
+    return values.to(dtype), vectors.to(dtype).contiguous()
 
 
 class AddLaplacianEigs:
@@ -178,13 +180,12 @@ class AddLaplacianEigs:
         torch_geometric.data.Data
             The same object.
         """
-        n = int(data.num_nodes)
+        n, weight = integer("data.num_nodes", int(data.num_nodes), 1), data.get("edge_weight")
+        edge_index = check_edges(data.edge_index, n, name="data.edge_index", read=True)
+        if weight is not None:
+            _check_weight("data.edge_weight", weight, edge_index)
         values, vectors = laplacian_eigs(
-            data.edge_index,
-            n,
-            min(self.k, n),
-            edge_weight=data.get("edge_weight"),
-            normalization=self.normalization,
+            edge_index, n, min(self.k, n), edge_weight=weight, normalization=self.normalization
         )
         missing = self.k - len(values)
         data.eigvecs = F.pad(vectors, (0, missing))
@@ -204,7 +205,8 @@ def eigenspaces(eigvals: Float[Tensor, " k"], *, tol: float = 1e-5) -> Int[Tenso
     eigvals : Tensor of shape (k,)
         Eigenvalues in ascending order.
     tol : float, default=1e-5
-        A new eigenspace starts where the gap to the eigenvalue before exceeds this; at least 0.
+        A new eigenspace starts where the gap to the eigenvalue before exceeds this, and one
+        rounding of its dtype; at least 0.
 
     Returns
     -------
@@ -225,10 +227,18 @@ def eigenspaces(eigvals: Float[Tensor, " k"], *, tol: float = 1e-5) -> Int[Tenso
     """
     within("tol", tol, 0, float("inf"))
     has_shape("eigvals", floating("eigvals", eigvals), (None,))
-    gaps = eigvals.diff()
-    if eigvals.device.type == "cpu" and not bool((gaps >= -tol).all()):  # NaN is neither
+    values = wide(eigvals)
+    gaps, least = values.diff(), (torch.finfo(eigvals.dtype).eps * values[1:].abs()).clamp_min(tol)
+    if eigvals.device.type == "cpu" and not bool((gaps >= -least).all()):  # NaN is neither
         raise ValueError("eigvals must be in ascending order and not NaN")
-    return F.pad((gaps > tol).long(), (1, 0)).cumsum(0)[: len(eigvals)]
+    return F.pad((gaps > least).long(), (1, 0)).cumsum(0)[: len(eigvals)]
+
+
+def _check_weight(name: str, edge_weight: Any, edge_index: Tensor) -> Tensor:
+    has_shape(name, finite(name, floating(name, edge_weight)), (edge_index.shape[1],), "the edges")
+    if bool((edge_weight < 0).any()):
+        raise ValueError(f"{name} must be at least 0, got {float(edge_weight.min())}")
+    return edge_weight
 
 
 def _check_eigs(eigvecs: Any, eigvals: Any, k: int) -> None:

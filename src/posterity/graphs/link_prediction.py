@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, within
+from posterity._precision import wide
 from posterity._random import draw_device
-from posterity.graphs._graph import check_undirected
+from posterity.graphs._graph import check_edges, check_undirected, ordinary
 
 __all__ = ["InductiveLinkSplit", "LinkDecoder", "fit_link_decoder", "hits_at_k", "inductive_link_split"]
 
@@ -97,7 +98,7 @@ def inductive_link_split(
     for name, value in (("node_ratio", node_ratio), ("edge_ratio", edge_ratio), ("val_ratio", val_ratio),
                         ("extra_ratio", extra_ratio)):  # fmt: skip
         within(name, value, 0, 1, open_low=True, open_high=True)
-    n = len(finite("x", floating("x", x)))
+    n = len(has_shape("x", finite("x", floating("x", x)), (None, None)))
     links = _links(edge_index, n)
     observed = torch.ones(n, dtype=torch.bool)
     observed[
@@ -121,7 +122,9 @@ def inductive_link_split(
     for name, part in (("test_oo", test_oo), ("val_pos", val_pos), ("train_pos", train_pos)):
         if not part.shape[1]:
             among = int((ends == 2).sum())
-            raise ValueError(f"{name} is empty: of {links.shape[1]} links {among} are among observed nodes")
+            raise ValueError(
+                f"{name} is empty: of {links.shape[1]} links in edge_index {among} are among observed nodes"
+            )
     known = torch.cat([extra, inside, rest_ou, rest_uu], 1)
     val_neg = _non_links(place[inside], int(observed.sum()), n_val, generator)
     test_neg = _non_links(links, n, round(edge_ratio * links.shape[1]), generator)
@@ -167,10 +170,15 @@ class LinkDecoder(nn.Module):
         -------
         Tensor
         """
-        has_shape("z", z, (None, self.in_channels))
-        return self.net(z[edge_index[0]] * z[edge_index[1]])[:, 0]
+        has_shape("z", floating("z", z), (None, self.in_channels), "this network")
+        return self._scores(z, check_edges(edge_index, len(z), source="z"))
+
+    def _scores(self, z: Tensor, pairs: Tensor) -> Tensor:
+        return self.net(z[pairs[0]] * z[pairs[1]])[:, 0]
 
 
+@torch.inference_mode(False)  # with gradients, wherever it is called from
+@torch.enable_grad()
 def fit_link_decoder(
     z: Float[Tensor, "nodes channels"], train_pos: Int[Tensor, "2 train"], val_pos: Int[Tensor, "2 val"],
     val_neg: Int[Tensor, "2 val_neg"], *, hidden_channels: int = 256, lr: float = 0.01, max_epochs: int = 5000,
@@ -200,12 +208,28 @@ def fit_link_decoder(
     Returns
     -------
     LinkDecoder
-        With the weights of the best epoch.
+        With the weights of the best epoch, in the dtype of ``z``; trained in float32 at least.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range, the arguments do not fit, ``z`` is not finite or has fewer
+        than two rows, or there are no links.
     """
-    integer("max_epochs", max_epochs, 1)
-    integer("patience", patience, 1)
+    for name, value in (("max_epochs", max_epochs), ("patience", patience), ("k", k)):
+        integer(name, value, 1)
     at_least("lr", lr, 0, strict=True)
-    z = finite("z", floating("z", z)).detach()
+    has_shape("z", finite("z", floating("z", z)), (None, None))
+    if len(z) < 2 or not z.shape[1]:
+        raise ValueError(f"z must have at least two rows and a column, got {tuple(z.shape)}")
+    train_pos, val_pos, val_neg = (
+        ordinary(check_edges(pairs, len(z), name=name, source="z", read=True))
+        for name, pairs in (("train_pos", train_pos), ("val_pos", val_pos), ("val_neg", val_neg))
+    )
+    for name, pairs in (("train_pos", train_pos), ("val_pos", val_pos)):
+        if not pairs.shape[1]:
+            raise ValueError(f"{name} must not be empty")
+    z, dtype = wide(ordinary(z.detach())), z.dtype
     decoder = LinkDecoder(z.shape[1], hidden_channels).to(draw_device(generator) or "cpu")
     for layer in decoder.net:
         if isinstance(layer, nn.Linear):  # as torch draws them, but from the generator
@@ -221,12 +245,12 @@ def fit_link_decoder(
         # v is another node
         v = (u + torch.randint(1, len(z), u.shape, generator=generator, device=u.device)) % len(z)
         pairs = torch.cat([train_pos, torch.stack([u, v]).to(train_pos)], 1)
-        loss = F.binary_cross_entropy_with_logits(decoder(z, pairs), label)
+        loss = F.binary_cross_entropy_with_logits(wide(decoder._scores(z, pairs)), label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            hits = hits_at_k(decoder(z, val_pos), decoder(z, val_neg), k)
+            hits = hits_at_k(decoder._scores(z, val_pos), decoder._scores(z, val_neg), k)
         idle += 1
         if hits > best:
             best, idle = hits, 0
@@ -234,7 +258,7 @@ def fit_link_decoder(
         if idle >= patience:
             break
     decoder.load_state_dict(state)
-    return decoder
+    return decoder.to(dtype)
 
 
 def hits_at_k(pos: Float[Tensor, " pos"], neg: Float[Tensor, " neg"], k: int = 50) -> float:
@@ -252,6 +276,11 @@ def hits_at_k(pos: Float[Tensor, " pos"], neg: Float[Tensor, " neg"], k: int = 5
     float
         In [0, 1]; 1 if there are fewer than k negatives, by OGB's rule.
 
+    Raises
+    ------
+    ValueError
+        If ``k`` is out of range, scores are no floating-point vectors, or ``pos`` is empty.
+
     Examples
     --------
     >>> import torch
@@ -260,6 +289,8 @@ def hits_at_k(pos: Float[Tensor, " pos"], neg: Float[Tensor, " neg"], k: int = 5
     0.3333333333333333
     """
     integer("k", k, 1)
+    for name, scores in (("pos", pos), ("neg", neg)):
+        has_shape(name, floating(name, scores), (None,))
     if len(pos) == 0:
         raise ValueError("pos must not be empty")
     if len(neg) < k:

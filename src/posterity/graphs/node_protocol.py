@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer
-from posterity.graphs._graph import check_edges
+from posterity._precision import wide
+from posterity.graphs._graph import check_edges, check_index, trains
 from posterity.graphs.duplicates import _check_masks
-from posterity.graphs.homophily import _check_labels
 
 __all__ = ["NodeResult", "ProtocolResult", "fit_node_classifier", "run_protocol"]
 
@@ -45,6 +45,7 @@ class NodeResult:
     best_step: int
 
 
+@trains
 def fit_node_classifier(
     model: nn.Module,
     x: Float[Tensor, "nodes features"],
@@ -66,8 +67,8 @@ def fit_node_classifier(
     ----------
     model : nn.Module
         Called as ``model(x, edge_index)``; returns (nodes, 1) for two classes, which are
-        ranked, else (nodes, classes). It is left in eval mode with the weights of the best
-        step. Its dropout draws from torch's global generator.
+        ranked, else (nodes, classes). It is trained in float32 at least, and left in eval
+        mode with the weights of the best step. Its dropout draws from torch's global generator.
     x : Tensor of shape (nodes, features)
         Features.
     edge_index : Tensor of shape (2, edges)
@@ -96,9 +97,10 @@ def fit_node_classifier(
     ------
     ValueError
         If an argument does not fit, masks overlap or are empty, for two classes a part has
-        only one, or the network's outputs stop being finite.
+        only one, the network was made under ``torch.inference_mode``, or its outputs stop
+        being finite.
     """
-    _check_task(x, edge_index, y, train_mask, val_mask, test_mask)
+    edge_index, y = _check_task(x, edge_index, y, train_mask, val_mask, test_mask)
     at_least("lr", lr, 0, strict=True)
     at_least("weight_decay", weight_decay, 0)
     for name, value, low in (("num_steps", num_steps, 1), ("warmup_steps", warmup_steps, 0), ("eval_every", eval_every, 1)):  # fmt: skip
@@ -122,9 +124,10 @@ def fit_node_classifier(
             wanted = 1 if binary else max(classes, scores.shape[-1])
             has_shape("model(x, edge_index)", scores, (len(x), wanted), f"{classes} classes")
         if binary:
-            loss = F.binary_cross_entropy_with_logits(scores[train_mask, 0], train_y.to(scores.dtype))
+            told = wide(scores[train_mask, 0])  # under autocast scores are narrow
+            loss = F.binary_cross_entropy_with_logits(told, train_y.to(told.dtype))
         else:
-            loss = F.cross_entropy(scores[train_mask], train_y)
+            loss = F.cross_entropy(wide(scores[train_mask]), train_y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -169,6 +172,8 @@ class ProtocolResult:
     val_means: dict[int, float]
 
 
+@torch.inference_mode(False)  # so that networks are made to be trained
+@torch.enable_grad()
 def run_protocol(
     make_model: Callable[[int], nn.Module],
     x: Float[Tensor, "nodes features"],
@@ -211,11 +216,11 @@ def run_protocol(
         has_shape(name, masks, train_masks.shape, "train_masks")
     if not len(num_layers) or not len(train_masks):
         raise ValueError(
-            f"there must be a depth and a split, got {len(num_layers)} depths and {len(train_masks)} splits"
+            f"num_layers and train_masks must hold a depth and a split, got {len(num_layers)} and {len(train_masks)}"
         )
     splits = list(zip(train_masks, val_masks, test_masks, strict=True))
     for k, parts in enumerate(splits):
-        _check_task(x, edge_index, y, *parts, where=f" of split {k}")
+        _check_task(x, edge_index, y, *parts, where=f"s of split {k}")
     results = {
         depth: [fit_node_classifier(make_model(depth), x, edge_index, y, *parts, **fit) for parts in splits]
         for depth in num_layers
@@ -240,12 +245,14 @@ def _value(scores: Tensor, y: Tensor) -> float:
 
 def _check_task(
     x: Any, edge_index: Any, y: Any, train: Tensor, val: Tensor, test: Tensor, where: str = ""
-) -> None:
+) -> tuple[Tensor, Tensor]:
+    """Return edges and labels; ``where`` ends the names of masks."""
     has_shape("x", floating("x", x), (None, None))
-    check_edges(edge_index, len(x), source="x", read=True)
-    _check_labels(y, len(x))
+    edge_index = check_edges(edge_index, len(x), source="x", read=True)
+    y = check_index("y", y, (len(x),), source="the nodes", read=True)
     _check_masks({"train_mask": train, "val_mask": val, "test_mask": test}, (len(x),), where)
     if int(y.max()) <= 1:
         for name, mask in (("val_mask", val), ("test_mask", test)):
             if len(y[mask].unique()) < 2:
                 raise ValueError(f"{name}{where} must hold both classes for the ROC curve, got one")
+    return edge_index, y

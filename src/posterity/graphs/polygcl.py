@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer, one_of, within
+from posterity._precision import wide
 from posterity._random import draw_device
+from posterity.graphs._graph import trains
 from posterity.graphs.polynomial_filter import PolynomialFilter, _check_weighted, _Laplacian
 
 __all__ = ["PolyGCL", "fit_polygcl"]
@@ -211,8 +213,7 @@ class PolyGCL(nn.Module):
 
     def _graph(self, x: Tensor, edge_index: Tensor) -> "_Laplacian":
         has_shape("x", floating("x", x), (None, self.in_channels), "this model")
-        _check_weighted(x, edge_index, None)
-        return _Laplacian(x, edge_index, None)
+        return _Laplacian(x, _check_weighted(x, edge_index, None), None)
 
     def _mixed(self, high: Tensor, low: Tensor) -> Tensor:
         if self.mix == "free":
@@ -230,10 +231,11 @@ class PolyGCL(nn.Module):
         order = torch.randperm(len(x), generator=generator, device=draw_device(generator, x.device)).to(
             x.device
         )
-        real, false = self._scores(x, x[order], graph, generator).chunk(2)
-        return -(F.logsigmoid(real).mean() + F.logsigmoid(-false).mean()) / 2
+        real, false = wide(self._scores(x, x[order], graph, generator)).chunk(2)
+        return (-(F.logsigmoid(real).mean() + F.logsigmoid(-false).mean()) / 2).to(x.dtype)
 
 
+@trains
 def fit_polygcl(
     model: PolyGCL,
     x: Float[Tensor, "nodes features"],
@@ -252,7 +254,7 @@ def fit_polygcl(
     Parameters
     ----------
     model : PolyGCL
-        Trained in place; afterwards in evaluation mode.
+        Trained in place, in float32 at least; afterwards in evaluation mode.
     x : Tensor of shape (nodes, in_channels)
         Features.
     edge_index : Tensor of shape (2, edges)
@@ -280,7 +282,8 @@ def fit_polygcl(
     Raises
     ------
     ValueError
-        If a parameter is out of range, the graph does not fit, or the loss is not finite.
+        If a parameter is out of range, the graph does not fit, the model was made under
+        ``torch.inference_mode``, or the loss is not finite.
 
     Notes
     -----
@@ -374,8 +377,9 @@ class _Encoder(nn.Module):
     def _drop(self, x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
         if generator is None or not self.training or p == 0:
             return F.dropout(x, p, self.training)
-        keep = torch.empty(x.shape, dtype=x.dtype, device=draw_device(generator, x.device))
-        return x * keep.bernoulli_(1 - p, generator=generator).to(x.device) / (1 - p)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        keep = torch.empty(x.shape, dtype=dtype, device=draw_device(generator, x.device))
+        return x * keep.bernoulli_(1 - p, generator=generator).to(x) / (1 - p)
 
 
 class _Discriminator(nn.Module):

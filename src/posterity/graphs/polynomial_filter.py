@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, integer
-from posterity.graphs._graph import adjacency, check_graph
+from posterity._precision import wide, widened
+from posterity.graphs._graph import adjacency, check_graph, uncompiled
 
 __all__ = ["PolynomialFilter"]
 
@@ -115,11 +116,13 @@ class PolynomialFilter(nn.Module):
         self.temp_low = nn.Parameter(torch.full((K,), value_range / K))
         self.temp_high = nn.Parameter(torch.full((K,), value_range / K))
         self.initial_val_high = nn.Parameter(torch.tensor(float(init_high)), requires_grad=learn_ends)
-        self.register_buffer("table", _interpolation(K).to(self.temp_low), persistent=False)
+        self.register_buffer("table", _interpolation(K).to(wide(self.temp_low)), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PolynomialFilter":
         super()._apply(fn, recurse)
-        self.table = _interpolation(self.K).to(self.temp_low)  # a table cast up would keep its rounding
+        with torch.inference_mode(False):  # training may follow
+            # cast up it would keep its rounding, cast down it would get one
+            self.table = _interpolation(self.K).to(wide(self.temp_low.detach()))
         return self
 
     def values(self, *, highpass: bool) -> Float[Tensor, " points"]:
@@ -135,9 +138,13 @@ class PolynomialFilter(nn.Module):
         Tensor
             Shape (K + 1,), at the frequencies ``1 + cos((K - j + 1/2) pi / (K + 1))``.
         """
+        return self._values(highpass).to(self.temp_low.dtype)
+
+    def _values(self, highpass: bool) -> Tensor:
         start, temp = (
             (self.initial_val_high, self.temp_high) if highpass else (self.initial_val_low, self.temp_low)
         )
+        start, temp = wide(start), wide(temp)
         if self.learn_ends:
             start = start.relu()
         steps = F.pad(temp.relu().cumsum(0), (1, 0))
@@ -157,7 +164,7 @@ class PolynomialFilter(nn.Module):
         Tensor
             Shape (K + 1,), as ``numpy.polynomial.chebyshev.chebval`` takes them.
         """
-        return self.table @ self.values(highpass=highpass)
+        return _product(self.table, self._values(highpass)).to(self.temp_low.dtype)
 
     def forward(
         self,
@@ -168,7 +175,7 @@ class PolynomialFilter(nn.Module):
         highpass: bool = True,
     ) -> Float[Tensor, "nodes features"]:
         """Return the features after one of the filters."""
-        _check_weighted(x, edge_index, edge_weight)
+        edge_index = _check_weighted(x, edge_index, edge_weight)
         return self._filter(x, _Laplacian(x, edge_index, edge_weight), (highpass,))[0]
 
     def both(
@@ -193,13 +200,16 @@ class PolynomialFilter(nn.Module):
         high, low : Tensor
             Of the shape of ``x``.
         """
-        _check_weighted(x, edge_index, edge_weight)
+        edge_index = _check_weighted(x, edge_index, edge_weight)
         high, low = self._filter(x, _Laplacian(x, edge_index, edge_weight), (True, False))
         return high, low
 
+    @uncompiled
     def _filter(self, x: Tensor, graph: "_Laplacian", which: Sequence[bool]) -> Tensor:
-        rows = torch.stack([self.coefficients(highpass=highpass) for highpass in which])
-        return _ChebyshevSeries.apply(x, rows.to(x.dtype), graph, self.max_elements)
+        rows = torch.stack([_product(self.table, self._values(highpass)) for highpass in which])
+        features = wide(x)
+        out = _ChebyshevSeries.apply(features, rows.to(features.dtype), graph, self.max_elements)
+        return out.to(x.dtype)  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows of the layer."""
@@ -212,9 +222,11 @@ class _Laplacian:
     def __init__(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> None:
         self.n = len(x)
         self.sender, self.receiver = edge_index
-        weight = x.new_ones(edge_index.shape[1]) if edge_weight is None else edge_weight.detach().to(x.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        ones = torch.ones(edge_index.shape[1], dtype=dtype, device=x.device)
+        weight = ones if edge_weight is None else edge_weight.detach().to(ones)
         weight = torch.where(self.sender == self.receiver, 0.0, weight)  # self-loops do not count
-        degree = x.new_zeros(self.n).index_add(0, self.sender, weight)
+        degree = ones.new_zeros(self.n).index_add(0, self.sender, weight)
         scale = torch.where(degree > 0, degree, torch.inf).rsqrt()
         self.weight = -scale[self.sender] * weight * scale[self.receiver]
         self.matrix = adjacency(self.sender, self.receiver, self.weight, self.n)
@@ -227,12 +239,14 @@ class _Laplacian:
 class _ChebyshevSeries(torch.autograd.Function):
     """Sums over k of c_k T_k(M) x for several rows of coefficients c: (rows, nodes, features).
 
+    All are in float32 at least, and outside autocast, which may be on in the backward pass alone.
     The terms do not depend on c, so they are computed once for all rows. The gradient to c
     is their product with the gradient; that to x is a series in the transposed M, by
     Clenshaw's recurrence.
     """
 
     @staticmethod
+    @widened
     def forward(ctx: Any, x: Tensor, rows: Tensor, graph: _Laplacian, max_elements: int) -> Tensor:
         x = x.detach().contiguous()
         K = rows.shape[1] - 1
@@ -252,6 +266,7 @@ class _ChebyshevSeries(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @widened
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, kept = ctx.saved_tensors
         K = rows.shape[1] - 1
@@ -284,6 +299,11 @@ def _terms(x: Tensor, M: Tensor, K: int, out: Tensor | None = None) -> Iterator[
         yield now
 
 
+@widened
+def _product(table: Tensor, values: Tensor) -> Tensor:
+    return table @ values
+
+
 def _interpolation(K: int) -> Tensor:
     """Return what maps values at ascending Chebyshev nodes to coefficients, in float64."""
     k = torch.arange(K + 1, dtype=torch.float64)
@@ -292,11 +312,12 @@ def _interpolation(K: int) -> Tensor:
     return table
 
 
-def _check_weighted(x: Any, edge_index: Any, edge_weight: Any) -> None:
-    check_graph(x, edge_index, edge_weight)
+def _check_weighted(x: Any, edge_index: Any, edge_weight: Any) -> Tensor:
+    edge_index = check_graph(x, edge_index, edge_weight)
     if edge_weight is None:
-        return
+        return edge_index
     if edge_weight.requires_grad:
         raise ValueError("edge_weight must not require a gradient, which this filter does not give it")
     if edge_weight.device.type == "cpu" and edge_weight.numel() and not bool((edge_weight >= 0).all()):
         raise ValueError(f"edge_weight must be at least 0, got {float(edge_weight.min()):g}")
+    return edge_index

@@ -128,7 +128,7 @@ class ResolventConv(nn.Module):
         resolvent = self._resolvent
         if resolvent is None:
             graph = _Graph.of(edge_index, x.shape[-2], edge_weight, node_weight, x.device)
-            resolvent = _Resolvent(graph.detach() if self.cached else graph, self.shift)
+            resolvent = _Resolvent(graph.kept() if self.cached else graph, self.shift)
         elif resolvent.graph.n != x.shape[-2]:
             raise ValueError(f"x must have {resolvent.graph.n} nodes as the cached graph, got {x.shape[-2]}")
         if self.cached:
@@ -170,7 +170,7 @@ class _Graph(NamedTuple):
     def of(edge_index: Any, n: int, edge_weight: Any, node_weight: Any, device: torch.device) -> "_Graph":
         """Check what a user gave."""
         integer("num_nodes", n, 1)
-        check_edges(edge_index, n, read=device.type == "cpu")  # elsewhere reading would wait
+        edge_index = check_edges(edge_index, n)
         ones = {"dtype": torch.float64, "device": device}
         if edge_weight is None:
             weight = torch.ones(edge_index.shape[1], **ones)
@@ -201,6 +201,11 @@ class _Graph(NamedTuple):
 
     def detach(self) -> "_Graph":
         return _Graph(self.edge_index, self.weight.detach(), self.mu.detach())
+
+    def kept(self) -> "_Graph":
+        """Return a copy, which training may use whatever made this one."""
+        with torch.inference_mode(False):
+            return _Graph(*(part.detach().clone() for part in self))
 
     def degree(self) -> Tensor:
         return self.mu.new_zeros(self.n).index_add(0, self.edge_index[1], self.weight)
@@ -300,3 +305,5 @@ def _check_features(x: Any, channels: int | None = None) -> None:
     floating("x", x)
     if x.ndim < 2 or (channels is not None and x.shape[-1] != channels):
         raise ValueError(f"x must have shape (..., nodes, {channels or 'features'}), got {tuple(x.shape)}")
+    if not x.shape[-2]:
+        raise ValueError(f"x must have at least one node, got shape {tuple(x.shape)}")

@@ -18,7 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from posterity._checks import at_least, floating, has_shape, integer
+from posterity._precision import wide
 from posterity._random import draw_device
+from posterity.graphs._graph import check_index, uncompiled
 
 __all__ = ["log_aggregate", "straight_through_choice"]
 
@@ -48,6 +50,11 @@ def straight_through_choice(
         Positions in ``logits``, and weights that are 1 and have the gradient of the chosen
         candidate's soft probability.
 
+    Raises
+    ------
+    ValueError
+        If the arguments do not fit, or (on the CPU, where reading is free) a group is empty.
+
     References
     ----------
     .. [1] Jang, Gu, Poole. Categorical reparameterization with Gumbel-softmax. ICLR 2017.
@@ -60,22 +67,39 @@ def straight_through_choice(
     >>> straight_through_choice(logits, torch.tensor([0, 0, 1]), 2)
     (tensor([1, 2]), tensor([1., 1.]))
     """
-    has_shape("index", index, floating("logits", logits).shape, "logits")
+    has_shape("logits", floating("logits", logits), (None,))
     integer("num_groups", num_groups, 0)
+    index = check_index("index", index, logits.shape, num_groups, "groups", source="logits")
     at_least("temperature", temperature, 0, strict=True)
-    where = draw_device(generator, logits.device)
-    uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=where).to(
-        logits.device
-    )
+    if logits.device.type == "cpu":
+        _check_groups(index, num_groups)
+    return _choose(logits, index, num_groups, temperature, generator)
+
+
+@uncompiled
+def _check_groups(index: Tensor, num_groups: int) -> None:
+    empty = torch.bincount(index, minlength=num_groups) == 0
+    if bool(empty.any()):
+        raise ValueError(f"index must leave no group empty, got none of group {int(empty.nonzero()[0])}")
+
+
+def _choose(
+    logits: Tensor, index: Tensor, num_groups: int, temperature: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    dtype, logits = logits.dtype, wide(logits)
+    uniform = torch.empty(
+        logits.shape, dtype=logits.dtype, device=draw_device(generator, logits.device)
+    ).uniform_(generator=generator)  # torch.rand with a generator has no compiled form
+    uniform = uniform.to(logits.device)
     noisy = logits - (-uniform.clamp_min(torch.finfo(logits.dtype).tiny).log()).clamp_min(1e-30).log()
     highest = noisy.new_full((num_groups,), -torch.inf).scatter_reduce(0, index, noisy.detach(), "amax")
     place = torch.arange(len(logits), device=logits.device)
-    place = torch.where(noisy.detach() == highest[index], place, len(logits))
+    place = torch.where(noisy.detach() < highest[index], len(logits), place)  # so that NaN is not below
     chosen = place.new_full((num_groups,), len(logits)).scatter_reduce(0, index, place, "amin")
     power = ((noisy - highest[index]) / temperature).exp()
     total = power.new_zeros(num_groups).index_add(0, index, power)
     soft = power[chosen] / total
-    return chosen, 1 + (soft - soft.detach())  # exactly 1
+    return chosen, (1 + (soft - soft.detach())).to(dtype)  # exactly 1
 
 
 def log_aggregate(
@@ -100,6 +124,11 @@ def log_aggregate(
     Tensor
         One row a group.
 
+    Raises
+    ------
+    ValueError
+        If the arguments do not fit.
+
     Examples
     --------
     >>> import torch
@@ -107,14 +136,21 @@ def log_aggregate(
     >>> log_aggregate(torch.ones(3, 1), torch.zeros(3, dtype=torch.long), 1)
     tensor([[2.]])
     """
+    has_shape("values", floating("values", values), (None, None))
+    integer("num_groups", num_groups, 0)
+    index = check_index("index", index, (len(values),), num_groups, "groups", source="values")
+    if weight is not None:
+        has_shape("weight", floating("weight", weight), (len(values),), "values")
     return _aggregate(values, index, num_groups, weight, "log")
 
 
 def _aggregate(values: Tensor, index: Tensor, num_groups: int, weight: Tensor | None, reduce: str) -> Tensor:
+    dtype, values = values.dtype, wide(values)
+    weight = None if weight is None else weight.to(values.dtype)
     weighted = values if weight is None else values * weight[:, None]
     total = values.new_zeros(num_groups, values.shape[1]).index_add(0, index, weighted)
-    if reduce == "sum":
-        return total
-    ones = values.new_ones(len(index)) if weight is None else weight.detach()
-    count = values.new_zeros(num_groups).index_add(0, index, ones).clamp_min(1)[:, None]
-    return total / count if reduce == "mean" else total * ((count + 1).log2() / count)
+    if reduce != "sum":
+        ones = values.new_ones(len(index)) if weight is None else weight.detach()
+        count = values.new_zeros(num_groups).index_add(0, index, ones).clamp_min(1)[:, None]
+        total = total / count if reduce == "mean" else total * ((count + 1).log2() / count)
+    return total.to(dtype)

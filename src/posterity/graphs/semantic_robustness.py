@@ -170,9 +170,10 @@ def semantic_robustness(
        Learning. ICLR 2023.
     """
     integer("n_nodes", n_nodes, 1)
+    csbm._check(data.x, data.edge_index, data.y, "data.")
     rows = []
     for _ in range(n_nodes):
-        graph = csbm.sample_node(data, generator)
+        graph = csbm._with_node(data, generator)
         node, label = len(graph.y) - 1, int(graph.y[-1])
         near = _neighbours(graph.edge_index, node)
         candidates = attack_candidates(

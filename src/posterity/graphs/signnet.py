@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from posterity._checks import has_shape, integer, one_of, within
-from posterity.graphs._graph import check_edges
+from posterity._precision import wide
+from posterity.graphs._graph import check_edges, check_index
 from posterity.graphs._sparse import Adjacency, edge_pattern, times
 from posterity.graphs.laplacian import _check_eigs
 
@@ -161,9 +162,9 @@ class SignNet(nn.Module):
         """
         n = len(eigvecs)
         _check_eigs(eigvecs, eigvals, self.k)
-        check_edges(edge_index, n)
+        edge_index = check_edges(edge_index, n)
         if batch is not None:
-            _check_batch(batch, n, None if eigvals.ndim == 1 else len(eigvals))
+            batch = _check_batch(batch, n, None if eigvals.ndim == 1 else len(eigvals))
         elif eigvals.ndim == 2 and len(eigvals) != 1:
             raise ValueError(f"eigvals must have one row where batch is not given, got {len(eigvals)}")
         keep = None
@@ -269,16 +270,17 @@ class _Aggregate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, adjacency: Adjacency) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.adjacency = adjacency
-        return times(adjacency.matrix, x).addcmul_(x, scale)
+        rows = wide(x)
+        return times(adjacency.matrix, rows).addcmul_(rows, wide(scale)).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, scale = ctx.saved_tensors
-        to_x = None
+        to_x, gradient = None, wide(gradient)
         if ctx.needs_input_grad[0]:
-            to_x = times(ctx.adjacency.transposed, gradient).addcmul_(gradient, scale)
-        return to_x, torch.dot(gradient.reshape(-1), x.reshape(-1)), None
+            to_x = times(ctx.adjacency.transposed, gradient).addcmul_(gradient, wide(scale)).to(x.dtype)
+        return to_x, torch.dot(gradient.reshape(-1), wide(x).reshape(-1)).to(scale.dtype), None
 
 
 def _normalise(norm: nn.Module, h: Tensor, keep: Tensor | None) -> Tensor:
@@ -288,23 +290,27 @@ def _normalise(norm: nn.Module, h: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None or not norm.training:
         return norm(h.flatten(0, 1)).view_as(h)
     # Weighted sums and no boolean index, whose size an accelerator would have to report first.
+    dtype, h, keep = h.dtype, wide(h), wide(keep)
     count = keep.sum().clamp_min(1)
     mean = (h * keep).sum((0, 1)) / count
     var = ((h - mean).square() * keep).sum((0, 1)) / count
     with torch.no_grad():
         momentum = norm.momentum or 0.0
         norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        norm.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
-        norm.running_var.lerp_(var * count / (count - 1).clamp_min(1), momentum)  # type: ignore[union-attr]
-    return (h - mean) * (norm.weight * (var + norm.eps).rsqrt()) + norm.bias
+        for running, seen in (
+            (norm.running_mean, mean), (norm.running_var, var * count / (count - 1).clamp_min(1))
+        ):  # fmt: skip
+            running.lerp_(seen.to(running.dtype), momentum)  # type: ignore[union-attr, operator]
+    return ((h - mean) * (norm.weight * (var + norm.eps).rsqrt()) + norm.bias).to(dtype)
 
 
 def _graph_mean(h: Tensor, batch: Tensor | None, graphs: int) -> Tensor:
     """Return the mean over the nodes of each graph, (graphs, signals, channels)."""
     if batch is None:
         return h.mean(0, keepdim=True)
-    count = torch.bincount(batch, minlength=graphs).clamp_min(1)
-    return h.new_zeros(graphs, *h.shape[1:]).index_add(0, batch, h) / count[:, None, None]
+    count, rows = torch.bincount(batch, minlength=graphs).clamp_min(1), wide(h)
+    total = rows.new_zeros(graphs, *h.shape[1:]).index_add(0, batch, rows)
+    return (total / count[:, None, None]).to(h.dtype)
 
 
 def _mlp(n_in: int, hidden: int, out: int, n_layers: int, dropout: float = 0.0) -> nn.Sequential:
@@ -322,12 +328,8 @@ def _per_node(values: Tensor, batch: Tensor | None, n: int) -> Tensor:
     return values.reshape(1, -1).expand(n, -1)
 
 
-def _check_batch(batch: Any, n: int, graphs: int | None) -> None:
-    has_shape("batch", batch, (n,), "eigvecs")
-    if batch.device.type == "cpu" and n:
-        if bool((batch.diff() < 0).any()) or int(batch[0]) < 0:
-            raise ValueError("batch must be sorted and at least 0")
-        if graphs is not None and int(batch[-1]) >= graphs:
-            raise ValueError(
-                f"batch must name graphs in 0..{graphs - 1}, the rows of eigvals, got {int(batch[-1])}"
-            )
+def _check_batch(batch: Any, n: int, graphs: int | None) -> Tensor:
+    batch = check_index("batch", batch, (n,), graphs, "graphs", source="eigvecs", of="eigvals")
+    if batch.device.type == "cpu" and bool((batch.diff() < 0).any()):
+        raise ValueError("batch must be sorted")
+    return batch

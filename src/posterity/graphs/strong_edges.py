@@ -22,7 +22,8 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from posterity._checks import at_least, has_shape
+from posterity._checks import at_least, floating, has_shape
+from posterity._precision import widened
 from posterity.graphs.resolvent import _check_symmetric, _Graph
 
 __all__ = ["Coarsening", "CollapseBound", "collapse_bound", "collapse_strong_edges"]
@@ -84,8 +85,8 @@ class Coarsening:
         Tensor
             Shape (num_nodes, ...).
         """
-        has_shape("f", f, (len(self.cluster), *f.shape[1:]), "the fine graph")
-        return _weighted_mean(f, self.fine_node_weight.to(f.dtype), self.cluster, self.num_nodes)
+        has_shape("f", floating("f", f), (len(self.cluster), *f.shape[1:]), "the fine graph")
+        return _weighted_mean(f, self.fine_node_weight, self.cluster, self.num_nodes)
 
 
 def collapse_strong_edges(
@@ -131,7 +132,7 @@ def collapse_strong_edges(
     (tensor([0, 0, 1]), tensor([2., 1.]))
     """
     graph = _Graph.of(edge_index, num_nodes, edge_weight, node_weight, edge_index.device)
-    mask = _strong(graph, strong)
+    mask, edge_index = _strong(graph, strong), graph.edge_index
     sender, receiver = edge_index[:, mask].cpu().numpy()
     pairs = sparse.coo_matrix((np.ones(len(sender)), (sender, receiver)), (num_nodes, num_nodes))
     size, labels = connected_components(pairs, directed=False)
@@ -146,8 +147,8 @@ def collapse_strong_edges(
         cluster,
         int(size),
         torch.stack([keys // size, keys % size]),
-        weight.new_zeros(len(keys)).index_add(0, place, weight[kept]),
-        mu.new_zeros(size).index_add(0, cluster, mu),
+        _sums(weight[kept], place, len(keys)),
+        _sums(mu, cluster, int(size)),
         mu,
     )
 
@@ -220,7 +221,7 @@ def collapse_bound(
         root = graph.mu.sqrt()
 
         def symmetric(rows: Tensor) -> Tensor:
-            part = _Graph(edge_index[:, rows], graph.weight[rows], graph.mu)
+            part = _Graph(graph.edge_index[:, rows], graph.weight[rows], graph.mu)
             return part.stiffness() / (root[:, None] * root)
 
         count = coarse.num_nodes  # the kernel of the strong Laplacian has exactly this dimension
@@ -252,6 +253,13 @@ def _strong(graph: _Graph, strong: Any) -> Tensor:
     return mask
 
 
+@widened
+def _sums(values: Tensor, group: Tensor, size: int) -> Tensor:
+    """Return the sums of values by group."""
+    return values.new_zeros(size).index_add(0, group, values)
+
+
+@widened
 def _weighted_mean(x: Tensor, mu: Tensor, group: Tensor | None, size: int | None = None) -> Tensor:
     """Return the means of rows by group, (groups, ...)."""
     if group is None:
@@ -259,6 +267,6 @@ def _weighted_mean(x: Tensor, mu: Tensor, group: Tensor | None, size: int | None
         size = 1
     if size is None:
         size = int(group.max()) + 1
-    total = mu.new_zeros(size).index_add(0, group, mu)
-    share = mu / total[group]
+    mu = mu.to(x.dtype)
+    share = mu / _sums(mu, group, size)[group]
     return x.new_zeros(size, *x.shape[1:]).index_add(0, group, x * share.view(-1, *[1] * (x.ndim - 1)))

@@ -20,13 +20,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity._checks import at_least, finite, floating, integer, one_of, within
+from posterity._checks import at_least, finite, floating, has_shape, integer, one_of, within
+from posterity._precision import wide, widened
+from posterity.graphs._graph import check_edges, trains
 from posterity.graphs.gcn_encoder import GCNEncoder
 from posterity.graphs.graph_views import CORRUPTIONS, Corruption, View, _augment, _corrupt, _SparseFeatures
 
 __all__ = ["TBGRL", "bgrl_loss", "cosine_schedule", "fit_tbgrl", "tbgrl_loss"]
 
 
+@widened
 def bgrl_loss(
     q1: Float[Tensor, "nodes d"], y2: Float[Tensor, "nodes d"], q2: Float[Tensor, "nodes d"],
     y1: Float[Tensor, "nodes d"],
@@ -52,6 +55,7 @@ def bgrl_loss(
     return 2 - _cosine(q1, y2) - _cosine(q2, y1)
 
 
+@widened
 def tbgrl_loss(
     q1: Float[Tensor, "nodes d"], y2: Float[Tensor, "nodes d"], q2: Float[Tensor, "nodes d"],
     y1: Float[Tensor, "nodes d"], negative: Float[Tensor, "nodes d"], *, neg_lambda: float = 0.12,
@@ -154,13 +158,25 @@ class TBGRL(nn.Module):
         Tensor
             A scalar.
         """
-        q1, q2 = (self.predictor(self.online_encoder(*view)) for view in (view1, view2))
+        for name, view in (("view1", view1), ("view2", view2), ("corrupted", corrupted)):
+            if view is not None:
+                has_shape(f"{name}[0]", floating(f"{name}[0]", view[0]), (None, None))
+                check_edges(view[1], len(view[0]), name=f"{name}[1]")
+        return self._loss(view1, view2, corrupted)
+
+    def _loss(self, view1: View, view2: View, corrupted: View | None) -> Tensor:
+        # wide, so that autocast does not round the loss
+        q1, q2 = (wide(self.predictor(self._encoded(view))) for view in (view1, view2))
         with torch.no_grad():
-            y1, y2 = self.target_encoder(*view1), self.target_encoder(*view2)
-            negative = None if corrupted is None else self.target_encoder(*corrupted)
+            y1, y2 = wide(self.target_encoder(*view1)), wide(self.target_encoder(*view2))
+            negative = None if corrupted is None else wide(self.target_encoder(*corrupted))
         if negative is None:
-            return bgrl_loss(q1, y2, q2, y1)
-        return tbgrl_loss(q1, y2, q2, y1, negative, neg_lambda=self.neg_lambda)
+            return bgrl_loss(q1, y2, q2, y1).to(view1[0].dtype)
+        return tbgrl_loss(q1, y2, q2, y1, negative, neg_lambda=self.neg_lambda).to(view1[0].dtype)
+
+    def _encoded(self, view: View) -> Tensor:
+        wanted = len(view[0]), self.predictor[0].in_features
+        return has_shape("encoder(x, edge_index)", self.online_encoder(*view), wanted, "out_channels")  # type: ignore[arg-type]
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
@@ -245,6 +261,7 @@ def cosine_schedule(step: int, max_value: float, warmup_steps: int, total_steps:
     return max_value * (1 + math.cos(math.pi * done)) / 2
 
 
+@trains
 def fit_tbgrl(
     model: TBGRL, x: Float[Tensor, "nodes features"], edge_index: Int[Tensor, "2 edges"], *, epochs: int = 10_000,
     lr: float = 0.015, warmup: int = 1000, momentum: float = 0.91, weight_decay: float = 1e-5,
@@ -252,7 +269,7 @@ def fit_tbgrl(
     corruption: Corruption | None = "shuffle-features+random-edges", patience: int | None = None,
     generator: torch.Generator | None = None,
 ) -> list[float]:  # fmt: skip
-    """Train a model in place on one graph and return its losses.
+    """Train a model in place on one graph, in float32 at least, and return its losses.
 
     Parameters
     ----------
@@ -284,6 +301,12 @@ def fit_tbgrl(
     list of float
         One a step.
 
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range, a feature not finite, or the model was made under
+        ``torch.inference_mode``.
+
     Notes
     -----
     The authors' settings for Cora are the defaults; CiteSeer: lr 0.008, momentum 0.94,
@@ -303,7 +326,8 @@ def fit_tbgrl(
     for name, pair in (("drop_edge", drop_edge), ("drop_feature", drop_feature)):
         for value in pair:
             within(name, value, 0, 1, open_high=True)
-    finite("x", floating("x", x))
+    has_shape("x", finite("x", floating("x", x)), (None, None))
+    edge_index = check_edges(edge_index, len(x), source="x", read=True)
     features: Any = x
     if (
         isinstance(model.online_encoder, GCNEncoder)
@@ -322,7 +346,7 @@ def fit_tbgrl(
             for edge, feature in zip(drop_edge, drop_feature, strict=True)
         )
         third = None if corruption is None else _corrupt(features, edge_index, corruption, generator)
-        loss = model.loss(first, second, third)
+        loss = model._loss(first, second, third)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -337,13 +361,21 @@ def fit_tbgrl(
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    return F.cosine_similarity(a, b, dim=-1, eps=1e-8).mean()
+    return F.cosine_similarity(_of_unit_size(a), _of_unit_size(b), dim=-1, eps=1e-8).mean()
+
+
+def _of_unit_size(x: Tensor) -> Tensor:
+    """Return rows divided by a power of two, which rounds nothing, so that eps meets rows of zeros alone."""
+    top = x.detach().abs().amax(-1, keepdim=True)
+    return x * torch.ldexp(torch.ones_like(top), -torch.frexp(top).exponent.clamp_min(-126))
 
 
 def _same_shape(**tensors: Tensor) -> None:
     shapes = {name: tuple(floating(name, tensor).shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"predictions and targets must have one shape, got {shapes}")
+    if next(iter(shapes.values()))[-1:] == (0,):
+        raise ValueError(f"predictions and targets must have at least one feature, got {shapes}")
 
 
 def _reset(encoder: nn.Module) -> None:

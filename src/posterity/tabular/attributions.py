@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import floating
+from posterity._precision import wide, widened
 
 __all__ = ["latent_attributions"]
 
@@ -57,15 +58,23 @@ def latent_attributions(
     >>> latent_attributions(lambda x: (x**2).sum(1, keepdim=True), torch.tensor([[1.0, 3.0]]))[0].detach()
     tensor([[2., 6.]])
     """
+    return _attributions(latent, x, create_graph).to(x.dtype)
+
+
+def _attributions(
+    latent: Callable[[Tensor], Tensor], x: Float[Tensor, " n *shape"], create_graph: bool
+) -> Float[Tensor, " n units inputs"]:
+    """Return the attributions in float32 at least."""
     floating("x", x, "convert it, as in x.float()")
-    if x.ndim < 2 or len(x) == 0:
-        raise ValueError(f"x must be (n, ...) with n of at least 1, got {tuple(x.shape)}")
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(f"x must be (n, ...) with n and all sizes of at least 1, got {tuple(x.shape)}")
     layers = _piecewise_linear(latent) if x.ndim == 2 else None
     if layers is not None:
         with torch.set_grad_enabled(create_graph):
-            return _closed_form(layers, x)
-    with torch.enable_grad():
-        x = x if x.requires_grad else x.detach().requires_grad_()
+            return _closed_form(layers, wide(x))
+    with torch.inference_mode(False):  # grad mode too
+        if not x.requires_grad:
+            x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         h = latent(x)
         if h.ndim != 2 or len(h) != len(x):
             raise ValueError(f"latent(x) must be ({len(x)}, units), got {tuple(h.shape)}")
@@ -75,7 +84,7 @@ def latent_attributions(
         (a,) = torch.autograd.grad(
             h, x, every, is_grads_batched=True, create_graph=create_graph, materialize_grads=True
         )
-    return a.flatten(2).movedim(0, 1)
+    return wide(a).flatten(2).movedim(0, 1)
 
 
 def _piecewise_linear(latent: Any) -> list[nn.Module] | None:
@@ -94,6 +103,7 @@ def _piecewise_linear(latent: Any) -> list[nn.Module] | None:
     return layers if plain and not hooked and any(type(layer) is nn.Linear for layer in layers) else None
 
 
+@widened
 def _closed_form(layers: list[nn.Module], x: Float[Tensor, "n d"]) -> Float[Tensor, "n units d"]:
     """Return D_L W_L ... D_1 W_1, where the slopes D are constants for the gradient."""
     factors: list[Tensor] = []  # weights (out, in) and slopes (n, 1, width), from the input up
@@ -102,13 +112,13 @@ def _closed_form(layers: list[nn.Module], x: Float[Tensor, "n d"]) -> Float[Tens
         for layer in layers:
             if isinstance(layer, nn.Linear):
                 factors.append(layer.weight)
-                h = layer(h)
+                h = F.linear(h, wide(layer.weight), None if layer.bias is None else wide(layer.bias))
             elif not isinstance(layer, nn.Identity):
                 slope = _slope(layer, h)
                 factors.append(slope[:, None])
                 h = h * slope
     rows, jacobian = None, None  # from the top down: each product is one large matrix product
-    for factor in reversed(factors):
+    for factor in map(wide, reversed(factors)):
         if factor.ndim == 2:
             jacobian = factor if jacobian is None else jacobian @ factor
         elif jacobian is None:

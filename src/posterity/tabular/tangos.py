@@ -19,12 +19,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import at_least, integer
+from posterity._precision import widened
 from posterity._random import draw_device
-from posterity.tabular.attributions import latent_attributions
+from posterity.tabular.attributions import _attributions
 
 __all__ = ["TangosPenalty", "TangosTerms", "tangos_terms"]
 
-SHORTEST = 1e-6  # norms below count as this: a unit without gradient has cosine 0, not NaN
+SHORTEST = 1e-6  # norms below this share of the largest count as it: no gradient has cosine 0, not NaN
 
 
 class TangosTerms(NamedTuple):
@@ -89,18 +90,34 @@ def tangos_terms(
     """
     if n_pairs is not None:
         integer("n_pairs", n_pairs, 1)
-    a = latent_attributions(latent, x)
+    terms = _terms(latent, x, n_pairs, generator)
+    return TangosTerms(*(term.to(x.dtype) for term in terms))
+
+
+def _terms(
+    latent: Callable[[Tensor], Tensor], x: Tensor, n_pairs: int | None, generator: torch.Generator | None
+) -> TangosTerms:
+    """Return both terms in float32 at least."""
+    return _means(_attributions(latent, x, create_graph=True), n_pairs, generator)
+
+
+@widened
+def _means(
+    a: Float[Tensor, "n units inputs"], n_pairs: int | None, generator: torch.Generator | None
+) -> TangosTerms:
     units = a.shape[1]
     pairs = units * (units - 1) // 2
     specialization = a.abs().mean()
     if pairs == 0:
         return TangosTerms(specialization, a.new_zeros(()))
-    norm = torch.linalg.vector_norm(a, dim=2).clamp_min(SHORTEST)
+    norm = torch.linalg.vector_norm(a, dim=2)
+    least = torch.finfo(a.dtype).tiny ** 0.5  # whose square is not 0
+    norm = norm.clamp_min((SHORTEST * norm.detach().amax()).clamp_min(least))
     if n_pairs is None or n_pairs >= pairs:
         unit = a / norm[:, :, None]
         cosines = (unit @ unit.mT).tril(-1)
         return TangosTerms(specialization, cosines.abs().sum() / (len(a) * pairs))
-    device = draw_device(generator, x.device)
+    device = draw_device(generator, a.device)
     first = torch.randint(units, (n_pairs,), generator=generator, device=device)
     step = torch.randint(1, units, (n_pairs,), generator=generator, device=device)
     i, j = first.to(a.device), ((first + step) % units).to(a.device)  # i != j, uniform over pairs
@@ -166,5 +183,6 @@ class TangosPenalty(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
         """Return the weighted sum of both terms, a scalar; arguments as for `tangos_terms`."""
-        terms = tangos_terms(latent, x, n_pairs=self.n_pairs, generator=generator)
-        return self.lambda_spec * terms.specialization + self.lambda_orth * terms.orthogonalization
+        terms = _terms(latent, x, self.n_pairs, generator)
+        value = self.lambda_spec * terms.specialization + self.lambda_orth * terms.orthogonalization
+        return value.to(x.dtype)

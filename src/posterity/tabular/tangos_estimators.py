@@ -109,6 +109,7 @@ class _Tangos(BaseEstimator):
         with torch.no_grad():
             return self.head_(self.net_(inputs)).cpu()
 
+    @torch.inference_mode(False)  # grad mode too
     def _train(self, X: ndarray, y: ndarray, weight: ndarray, n_out: int) -> None:
         """Train from scratch: on floats (n, k) by squared error, on class codes by cross-entropy."""
         n, d = X.shape

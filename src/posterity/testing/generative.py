@@ -8,6 +8,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from posterity.testing._agreement import accelerators, global_state, same, untouched
+from posterity.testing._low_precision import check_low_precision
 
 __all__ = ["check_generative"]
 
@@ -70,5 +71,15 @@ def check_generative(
         assert theirs.device.type == device.type, f"on {device} the samples are on {theirs.device}"
         same(theirs.mean(0).cpu(), torch.as_tensor(mean).to(samples), f"mean on {device}", rtol=0, atol=atol)
         assert process.loss(moved, target.to(device), generator=far).device.type == device.type
+    check_low_precision(lambda part, x: process.loss(part, x, generator=generator()), net, (target,), slack=8)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = process.sample(copy.deepcopy(net).to(dtype), n, generator=generator(), **options)
+        assert low.dtype == dtype, f"a network in {dtype} gives samples in {low.dtype}"
+        for what, got, moment in (
+            ("mean", low.double().mean(0), mean),
+            ("deviation", low.double().std(0), std),
+        ):
+            wanted = torch.as_tensor(moment).to(got)
+            same(got, wanted, f"{what} of the samples in {dtype}", rtol=0.05, atol=atol)
     double = copy.deepcopy(net).double()
     assert process.sample(double, 3, generator=generator(), **options).dtype == torch.float64, "float64 works"

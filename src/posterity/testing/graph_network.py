@@ -15,7 +15,7 @@ __all__ = ["check_graph_network"]
 
 def check_graph_network(
     network: nn.Module, x: Tensor, edge_index: Tensor, *, level: str = "node", local: bool = True,
-    dead: Iterable[str] = (), **options: Any,
+    dead: Iterable[str] = (), chooses: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Check a graph layer or network: what `check_layer` checks, and what graphs demand.
 
@@ -34,11 +34,12 @@ def check_graph_network(
         Whether a node sees only what edges lead to; where all nodes of a graph see each
         other, graphs are kept apart by ``batch=``.
     dead : iterable of str
+    chooses : bool, default=False
         As for `check_layer`.
     **options
         Of the call.
     """
-    check_layer(network, x, edge_index, dead=dead, **options)
+    check_layer(network, x, edge_index, dead=dead, chooses=chooses, **options)
     network = copy.deepcopy(network).eval()
     n = len(x)
     close = {"rtol": 1e-4, "atol": 1e-5}

@@ -1,4 +1,4 @@
-"""Layers and networks: shape, gradients to every parameter, dtype, state_dict."""
+"""Layers and networks: shape, gradients to every parameter, every dtype, state_dict."""
 
 import copy
 import io
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posterity.testing._agreement import accelerators, floats, global_state, placed, same, untouched
+from posterity.testing._low_precision import check_low_precision
 
 __all__ = ["check_layer"]
 
@@ -19,6 +20,7 @@ def check_layer(
     *inputs: Any,
     shape: Sequence[int] | None = None,
     dead: Iterable[str] = (),
+    chooses: bool = False,
     **options: Any,
 ) -> None:
     """Check a layer or network: shape, gradients to every parameter, dtype, state_dict.
@@ -32,6 +34,8 @@ def check_layer(
         The shape of its output.
     dead : iterable of str
         Parameters that rightly get no gradient.
+    chooses : bool, default=False
+        Whether it draws or chooses, so that another precision may give another result.
     **options
         Further keyword arguments of the call.
     """
@@ -67,6 +71,11 @@ def check_layer(
     got = double(*floats(inputs, lambda x: x.detach().double()), **options)
     assert got.dtype == torch.float64, f"float64 in, float64 out, got {got.dtype}"
     same(got.to(out.dtype), out.detach(), "float64 agrees with the dtype given", rtol=1e-3, atol=1e-4)
+
+    def call(net: nn.Module, *values: Any) -> Tensor:
+        return net(*values[: len(inputs)], **dict(zip(options, values[len(inputs) :], strict=True)))
+
+    check_low_precision(call, layer, (*inputs, *options.values()), slack=8, follows=False, chooses=chooses)
     for device in accelerators():
         there = placed(device, floats(inputs, lambda x: x.detach().double()))
         moved = {name: placed(device, [value])[0] for name, value in options.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from posterity.testing._agreement import accelerators, floats, global_state, placed, same, untouched
+from posterity.testing._low_precision import check_low_precision
 
 __all__ = ["check_loss"]
 
@@ -66,6 +67,7 @@ def check_loss(
         assert got.dtype == dtype, f"the dtype follows the input: {dtype} gave {got.dtype}"
         if dtype == torch.float32:
             same(got.double(), value.detach(), "float32 agrees with float64", rtol=1e-3, atol=1e-4)
+    check_low_precision(lambda part, *xs: part(*xs), loss, inputs, slack=4)
 
     one = [x[:1] if isinstance(x, Tensor) and x.ndim and len(x) == len(wants[0]) else x for x in inputs]
     if batch_of_one:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from posterity.testing._agreement import accelerators, global_state, placed, untouched
+from posterity.testing._agreement import accelerators, floats, global_state, placed, untouched
 
 __all__ = ["check_metric"]
 
@@ -45,6 +46,13 @@ def check_metric(
     for device in accelerators():
         far = float(metric(*placed(device, inputs)))
         assert abs(far - value) <= atol, f"on {device} {far}, on the CPU {value}"
+    for dtype in (torch.bfloat16, torch.float16):
+        low = floats(inputs, lambda x, to=dtype: x.to(to))
+        got, exact = float(metric(*low)), float(metric(*floats(low, torch.Tensor.double)))
+        rounding = 4 * torch.finfo(dtype).eps * abs(exact)
+        assert abs(got - exact) <= atol + rounding, (
+            f"in {dtype} {got}, in float64 on the same numbers {exact}"
+        )
     n = len(inputs[0])
     if permutation_invariant:
         order = np.random.default_rng(0).permutation(n)

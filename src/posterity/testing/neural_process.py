@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from posterity.testing._agreement import accelerators, alike, global_state, placed, same, untouched
+from posterity.testing._low_precision import check_low_precision
 
 __all__ = ["check_neural_process"]
 
@@ -92,6 +93,13 @@ def check_neural_process(model: nn.Module, *, dim_x: int, dim_y: int, latent: bo
         same(
             model.loss(x, y, *wild_new[::-1], target_mask=real), normalised, "loss of masked targets", **close
         )
+
+    def everything(net: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        out = net(*tensors[:3], **draws())
+        likelihood = net.log_likelihood(*tensors, target_mask=real, **n_samples, **draws())
+        return out.loc, out.scale, likelihood, net.loss(*tensors, **draws())
+
+    check_low_precision(everything, model, (x, y, x_new, y_new), slack=16, follows=False)
     if not latent:  # a generator of another device draws other latent variables
         for device in accelerators():
             there = placed(device, (x, y, x_new, y_new))

@@ -1,12 +1,13 @@
 """Solvers: optimality, a reference, a batch, a gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from posterity.testing._agreement import accelerators, global_state, placed, same, untouched
+from posterity.testing._low_precision import check_low_precision
 
 __all__ = ["check_solver"]
 
@@ -18,8 +19,10 @@ def check_solver(
     reference: float | None = None,
     tol: float = 1e-5,
     differentiable: bool = True,
+    scaled: Callable[[float], tuple[Sequence[Any], float]] | None = None,
+    shifted: Callable[[float], tuple[Sequence[Any], float]] | None = None,
 ) -> None:
-    """Check a solver: its optimality conditions, a reference, its batch and its gradient.
+    """Check a solver: its optimality conditions, a reference, its batch, its gradient, its units.
 
     Parameters
     ----------
@@ -35,6 +38,12 @@ def check_solver(
         For residual, reference and gradient.
     differentiable : bool, default=True
         Whether ``.value`` has gradients with respect to the inputs.
+    scaled : callable, optional
+        ``scaled(c)`` returns the inputs in other units, and what that multiplies the value by;
+        asked for 1e-12 and 1e12.
+    shifted : callable, optional
+        ``shifted(c)`` returns the inputs away from the origin, and what that adds to the
+        value; asked for 1e8.
     """
     before = global_state()
     result = solve(*inputs)
@@ -56,6 +65,20 @@ def check_solver(
     single = solve(*(x.float() for x in inputs)).value
     assert single.dtype == torch.float32, f"the dtype follows the input, float32 gave {single.dtype}"
     same(single.double(), value.detach(), "float32 agrees with float64", rtol=1e-3, atol=1e-3)
+    check_low_precision(lambda *xs: solve(*xs).value, None, inputs, slack=8, gradient=False)
+    others = [(scaled, c, f"scaled by {c:g}") for c in (1e-12, 1e12)] + [(shifted, 1e8, "shifted by 1e8")]
+    for moved, c, what in others:
+        if moved is None:
+            continue
+        there, effect = moved(c)
+        again = solve(*there)
+        got = float(again.value) / effect if moved is scaled else float(again.value) - effect
+        rounding = 0.0 if moved is scaled else abs(effect) * torch.finfo(value.dtype).eps
+        assert bool(torch.as_tensor(again.converged).all()), f"it converges on inputs {what}"
+        off = abs(got - float(value))
+        assert off <= tol * abs(float(value)) + 8 * rounding, (
+            f"the value of inputs {what} is off by {off / abs(float(value)):.2g} of itself"
+        )
     for device in accelerators():
         far = solve(*placed(device, inputs)).value
         assert far.device.type == device.type, f"on {device} the value is on {far.device}"

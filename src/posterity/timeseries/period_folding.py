@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import floating, has_shape, integer, one_of
+from posterity._precision import wide
 
 __all__ = ["TimesBlock", "dominant_periods"]
 
@@ -72,9 +73,8 @@ def dominant_periods(
     """
     has_shape("x", floating("x", x), (None, None, None))
     _fits("k", k, x.shape[1])
-    amplitudes = _spectrum(x)
-    top = amplitudes.detach().mean(0).topk(k).indices
-    return x.shape[1] // (top + 1), amplitudes[:, top]
+    periods, amplitudes = _strongest(x, k)
+    return periods, amplitudes.to(x.dtype)
 
 
 class TimesBlock(nn.Module):
@@ -158,7 +158,7 @@ class TimesBlock(nn.Module):
                 out.index_add_(0, rows, weight[:, None, None] * self._vary(x[rows], p, up, down))
             return out
         if isinstance(self.periods, str):
-            found, amplitudes = dominant_periods(x, _fits("top_k", self.top_k, time))
+            found, amplitudes = _strongest(x, _fits("top_k", self.top_k, time))
             chosen = found.tolist()  # the one read
         else:
             chosen = list(self.periods)
@@ -182,8 +182,14 @@ class TimesBlock(nn.Module):
 
 def _spectrum(x: Tensor) -> Tensor:
     """Return the amplitudes (n, T // 2) of frequencies 1, 2, ..., averaged over channels."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # rfft has no half precision
-    return torch.fft.rfft(wide, dim=1).abs()[:, 1:].mean(2)
+    return torch.fft.rfft(wide(x), dim=1).abs()[:, 1:].mean(2)  # rfft has no half precision
+
+
+def _strongest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return what `dominant_periods` does, amplitudes in float32 at least: their exponentials count."""
+    amplitudes = _spectrum(x)
+    top = amplitudes.detach().mean(0).topk(k).indices
+    return x.shape[1] // (top + 1), amplitudes[:, top]
 
 
 def _fits(name: str, k: int, time: int) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import finite, floating, has_shape, integer, one_of, within
+from posterity._precision import wide
 from posterity.timeseries.period_folding import Periods, TimesBlock, _fits
 
 __all__ = ["TimesNet"]
@@ -163,10 +164,12 @@ class TimesNet(nn.Module):
             "classify": logits (n, n_classes).
         """
         self._check(x, mask, time_features, padding_mask)
+        dtype = x.dtype
         if self.task == "classify":
             mean = std = None
         else:
-            x, mean, std = _normalise(x, mask)
+            x, mean, std = _normalise(wide(x), mask)
+            x = x.to(dtype)
         x = self.embed(x.transpose(1, 2)).transpose(1, 2) + self.positions
         if self.embed_time is not None:
             x = x + self.embed_time(time_features)
@@ -181,7 +184,7 @@ class TimesNet(nn.Module):
                 x = x * padding_mask[..., None].to(x.dtype)
             return self.head(x.flatten(1))
         x = self.head(x[:, -self.horizon :])  # all steps if the horizon is 0
-        return x * std[..., -self.n_outputs :] + mean[..., -self.n_outputs :]
+        return (x * std[..., -self.n_outputs :] + mean[..., -self.n_outputs :]).to(dtype)
 
     def _check(
         self, x: Tensor, mask: Tensor | None, time_features: Tensor | None, padding_mask: Tensor | None

@@ -118,6 +118,7 @@ class TimesNetClassifier(ClassifierMixin, SeriesEstimator):
             raise ValueError(f"X must have the {len(self.mean_)} variables of fit, got {X.shape[2]}")
         return np.where(real[..., None], X, np.nan), real, y
 
+    @torch.inference_mode(False)  # grad mode too
     def fit(self, X: Any, y: Any) -> "TimesNetClassifier":
         """Train on labelled series.
 

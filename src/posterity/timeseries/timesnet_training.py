@@ -70,8 +70,10 @@ class SeriesEstimator(BaseEstimator):
 
     def _standardise(self, X: ndarray) -> None:
         rows = X.reshape(-1, X.shape[-1])
-        scale = np.nanstd(rows, axis=0)
-        self.mean_, self.scale_ = np.nanmean(rows, axis=0), np.where(scale > 0, scale, 1.0)
+        self.mean_, scale = np.nanmean(rows, axis=0), np.nanstd(rows, axis=0)
+        constant = scale <= 10 * np.finfo(float).eps * np.abs(self.mean_)  # but for rounding
+        # what is constant takes the smallest unit of the others: 1 has no meaning for data of 1e-12
+        self.scale_ = np.where(constant, 1.0 if constant.all() else scale[~constant].min(), scale)
 
     def _tensor(self, X: ndarray) -> Tensor:
         """Return the series standardised, 0 where missing, on the device."""
@@ -91,6 +93,7 @@ class SeriesEstimator(BaseEstimator):
             return torch.arange(time - seq_len - horizon + 1), torch.arange(0)
         return train, torch.arange(first, time - seq_len - horizon + 1)
 
+    @torch.inference_mode(False)  # grad mode too: parameters made inside could not be trained
     def _fit_windows(
         self, task: Any, loss: Callable[..., Tensor], seq_len: int, *series: Tensor, horizon: int = 0
     ) -> None:
@@ -105,7 +108,6 @@ class SeriesEstimator(BaseEstimator):
                 *self._by_time(time, seq_len, horizon),
             )
 
-    @torch.enable_grad()
     def _train(
         self, net: TimesNet, loss: Callable[[Tensor], Tensor], train: Tensor, held_out: Tensor,
         optimizer: type[torch.optim.Optimizer] = torch.optim.Adam, decay: float = 0.5, clip: float = math.inf,

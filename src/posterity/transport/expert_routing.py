@@ -16,8 +16,10 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer, one_of
+from posterity._precision import wide
 from posterity.transport.sparse_ot import _adam, _Problem
 
 __all__ = ["SparseTransportRouter"]
@@ -139,9 +141,10 @@ class SparseTransportRouter(nn.Module):
         has_shape("x", floating("x", x), (None, None, self.dim), f"dim={self.dim}")
         n_tokens = x.shape[1]
         k = self.k or math.ceil(self.capacity_factor * n_tokens / self.n_experts)
-        similarity = self.gate(x).softmax(-1)
+        with torch.autocast(x.device.type, enabled=False):  # rounding would send tokens elsewhere
+            similarity = F.linear(wide(x), wide(self.gate.weight)).softmax(-1)
         with torch.no_grad():
-            cost = -similarity.to(torch.promote_types(similarity.dtype, torch.float32))
+            cost = -similarity
             token = cost.new_ones(len(x), n_tokens)
             expert = cost.new_full((len(x), self.n_experts), n_tokens / self.n_experts)
             if self.choose == "tokens":
@@ -150,9 +153,9 @@ class SparseTransportRouter(nn.Module):
                 problem = _Problem(expert, token, cost, k, self.reg, True)
             prices, _ = _adam(problem, self.n_steps, self.lr)
             plan = problem.plan(problem.evaluate(prices))
-            plan = (plan.mT if self.choose == "tokens" else plan).to(similarity.dtype).contiguous()
+            plan = (plan.mT if self.choose == "tokens" else plan).contiguous()
         dispatch = plan > 0
-        return Routing(dispatch, dispatch * similarity, plan)
+        return Routing(dispatch, (dispatch * similarity).to(x.dtype), plan.to(x.dtype))
 
     def extra_repr(self) -> str:
         """Return the settings."""

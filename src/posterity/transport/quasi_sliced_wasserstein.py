@@ -245,7 +245,8 @@ class QuasiSlicedWasserstein(nn.Module):
                     f"{name} must have shape (..., points, 3), got {tuple(cloud.shape)}: for other dimensions "
                     "use sliced_wasserstein with directions of your own"
                 )
-        value = sliced_wasserstein(x, y, self._draw(x.shape[:-2]).to(x), p=self.p)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        value = sliced_wasserstein(x, y, self._draw(x.shape[:-2]).to(x.device, dtype), p=self.p)
         return value if self.reduction == "none" else getattr(value, self.reduction)()
 
     def _draw(self, batch: tuple[int, ...]) -> Tensor:

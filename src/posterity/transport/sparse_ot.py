@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of
+from posterity._precision import rounding
 from posterity.transport.sparse_simplex import _above_threshold
 
 __all__ = ["SparseTransport", "sparse_transport"]
@@ -55,7 +56,8 @@ class SparseTransport:
     n_iter : int
         Iterations of the solver, of a batch the most that any of its problems took.
     converged : Tensor
-        Whether ``marginal_error`` is at most ``tol``; the plan is then a global optimum.
+        Whether ``marginal_error`` is at most ``tol`` of the mass; the plan is then a global
+        optimum.
     """
 
     plan: Float[Tensor, "*batch m n"]
@@ -107,9 +109,10 @@ def sparse_transport(
     max_iter : int, default=1000
         Most iterations, at least 0.
     tol : float, default=1e-6
-        Largest ``marginal_error`` of a converged result, at least 0.
+        Largest ``marginal_error`` of a converged result for masses that sum to 1, in
+        proportion for others; at least 0.
     lr : float, default=1e-2
-        Learning rate of Adam, greater than 0.
+        Learning rate of Adam in the units of ``cost``, greater than 0.
 
     Returns
     -------
@@ -163,31 +166,35 @@ def sparse_transport(
     at_least("lr", lr, 0, strict=True)
     _check_problem(a, b, cost, k, per)
 
-    a, b = a.to(cost), b.to(cost)
+    single = torch.promote_types(cost.dtype, torch.float32)
+    a, b = a.to(cost.device, single), b.to(cost.device, single)
     batch, (m, n) = cost.shape[:-2], cost.shape[-2:]
-    work = torch.float64 if solver == "lbfgs" else torch.promote_types(cost.dtype, torch.float32)
+    work = torch.float64 if solver == "lbfgs" else single
     with torch.no_grad():
         sides = [a.reshape(-1, m).to(work), b.reshape(-1, n).to(work)]
         costs = cost.reshape(-1, m, n).to(work)
         rows, columns = sides if per == "column" else sides[::-1]
         rows = rows * (columns.sum(-1, keepdim=True) / rows.sum(-1, keepdim=True))
         costs = (costs.mT if per == "column" else costs).contiguous()
+        least, total = costs.amin((1, 2), keepdim=True), columns.sum(-1)
+        costs = costs - least  # what all cells cost adds a constant, beside which prices would cancel
         problem = _Problem(rows, columns, costs, k, reg, formulation == "semi-dual")
         prices, n_iter = _adam(problem, max_iter, lr) if solver == "adam" else _lbfgs(problem, max_iter, tol)
         found = problem.evaluate(prices)
-        alpha, beta = prices[:, : rows.shape[1]], found.beta
+        alpha, beta = prices[:, : rows.shape[1]] + least[:, 0], found.beta
         plan = problem.plan(found)
         if per == "column":
             plan = plan.mT
         else:
             alpha, beta = beta, alpha
         error = found.grad.abs().amax(-1)
+        optimum = found.value + least[:, 0, 0] * total
 
     plan, alpha, beta = (
         part.reshape(batch + part.shape[1:]).to(cost.dtype).contiguous() for part in (plan, alpha, beta)
     )
-    value = _Value.apply(found.value.reshape(batch).to(cost.dtype), plan, alpha, beta, cost, a, b)
-    error, converged = error.reshape(batch), (error <= tol).reshape(batch)
+    value = _Value.apply(optimum.reshape(batch).to(cost.dtype), plan, alpha, beta, cost, a, b)
+    error, converged = error.reshape(batch), (error <= tol * total).reshape(batch)
     return SparseTransport(plan, value, alpha, beta, error.to(cost.dtype), n_iter, converged)
 
 
@@ -206,7 +213,7 @@ def _check_problem(a: Tensor, b: Tensor, cost: Tensor, k: int, per: str) -> None
     finite("cost", cost)
     totals = [mass.detach().double().sum(-1).flatten() for mass in (a, b)]
     for left, right in zip(*(total.tolist() for total in totals), strict=True):
-        if not math.isclose(left, right, rel_tol=1e-5):
+        if not math.isclose(left, right, rel_tol=max(rounding(mass.dtype, 1e-5) for mass in (a, b))):
             raise ValueError(f"a and b must have equal sums, got {left:g} and {right:g}")
     mass, takers = (a, cost.shape[-1]) if per == "column" else (b, cost.shape[-2])
     served, other = (
@@ -283,18 +290,21 @@ def _adam(problem: _Problem, n_steps: int, lr: float) -> tuple[Tensor, int]:
 
 
 def _lbfgs(problem: _Problem, max_iter: int, tol: float) -> tuple[Tensor, int]:
-    """Solve the problems one after the other."""
+    """Solve the problems one after the other, each in its own units of mass and cost."""
     prices = problem.a.new_zeros(len(problem.a), problem.n_prices)
     most = 0
     for row in range(len(prices)):
-        one = problem._replace(**{name: getattr(problem, name)[row : row + 1] for name in ("a", "b", "cost")})
+        a, b, cost = (side[row : row + 1] for side in (problem.a, problem.b, problem.cost))
+        total = float(b.sum())
+        unit = float(cost.max()) or problem.reg * total
+        one = problem._replace(a=a / total, b=b / total, cost=cost / unit, reg=problem.reg * total / unit)
 
         def objective(z: ndarray, one: _Problem = one) -> tuple[float, ndarray]:
             found = one.evaluate(torch.from_numpy(z).to(one.a)[None])
             return float(found.value), found.grad[0].cpu().numpy()
 
         best, n_iter = _ascend(objective, problem.n_prices, max_iter, tol)
-        prices[row] = torch.from_numpy(best).to(prices)
+        prices[row] = unit * torch.from_numpy(best).to(prices)
         most = max(most, n_iter)
     return prices, most
 

@@ -14,10 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posterity._checks import at_least, floating, has_shape, integer
+from posterity._precision import widened
 
 __all__ = ["project_sparse_simplex"]
 
 
+@widened
 def project_sparse_simplex(
     v: Float[Tensor, "..."], k: int, *, total: float | Tensor = 1.0, dim: int = -1
 ) -> Float[Tensor, "..."]:

@@ -2,7 +2,6 @@ from posterity.uncertainty.ar_cnp import ARSample as ARSample
 from posterity.uncertainty.ar_cnp import ar_log_likelihood as ar_log_likelihood
 from posterity.uncertainty.ar_cnp import ar_sample as ar_sample
 from posterity.uncertainty.cider import CIDERLoss as CIDERLoss
-from posterity.uncertainty.cider import KNNScore as KNNScore
 from posterity.uncertainty.cider import compactness_loss as compactness_loss
 from posterity.uncertainty.cider import dispersion_loss as dispersion_loss
 from posterity.uncertainty.cider import hypersphere_geometry as hypersphere_geometry
@@ -20,6 +19,7 @@ from posterity.uncertainty.forde import RepulsiveEnsemble as RepulsiveEnsemble
 from posterity.uncertainty.forde import fit_input_components as fit_input_components
 from posterity.uncertainty.forde import input_gradient_repulsion as input_gradient_repulsion
 from posterity.uncertainty.gmogp import GMOGPRegressor as GMOGPRegressor
+from posterity.uncertainty.knn_score import KNNScore as KNNScore
 from posterity.uncertainty.lbanp import LBANP as LBANP
 from posterity.uncertainty.output_attention import attention_coefficients as attention_coefficients
 from posterity.uncertainty.posterior_draws import sample_posterior as sample_posterior

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
 from posterity._checks import floating
+from posterity._precision import wide
+from posterity._random import draw_device
 
-__all__ = ["NeuralProcess", "Tasks", "mlp", "predictive_log_density", "tasks"]
+__all__ = ["NeuralProcess", "Tasks", "drawn", "log_prob", "mlp", "predictive_log_density", "tasks"]
 
 
 class Tasks(NamedTuple):
@@ -61,11 +63,20 @@ def tasks(
 
 
 def predictive_log_density(predictive: Normal | MultivariateNormal, y: Tensor, mask: Tensor) -> Tensor:
-    """Return the log-density of the real targets: (..., B) for loc (..., B, M, Dy) or (B, M * Dy)."""
+    """Return the log-density of the real targets: (..., B) for loc (..., B, M, Dy) or (B, M * Dy).
+
+    It is float32 at least, and so are the others: a sum of many terms.
+    """
+    y = wide(y)
     if isinstance(predictive, Normal):
-        return predictive.log_prob(y).masked_fill(~mask[..., None], 0).sum((-2, -1))
+        return log_prob(predictive, y).masked_fill(~mask[..., None], 0).sum((-2, -1))
     if y.shape[-2] == 0:
         return y.sum((-2, -1))
+    with torch.autocast(y.device.type, enabled=False):
+        return _joint_log_density(predictive, y, mask)
+
+
+def _joint_log_density(predictive: MultivariateNormal, y: Tensor, mask: Tensor) -> Tensor:
     keep = mask[..., None].expand_as(y).flatten(1)
     y = torch.where(keep, y.flatten(1), predictive.loc)
     # A target that is not there becomes an independent standard normal at its mean
@@ -74,6 +85,20 @@ def predictive_log_density(predictive: Normal | MultivariateNormal, y: Tensor, m
     whole = bool(keep.all())
     joint = predictive if whole else MultivariateNormal(predictive.loc, covariance, validate_args=False)
     return joint.log_prob(y) + 0.5 * torch.log(y.new_tensor(2 * torch.pi)) * (~keep).sum(1)
+
+
+def log_prob(normal: Normal, y: Tensor) -> Tensor:
+    """Return the log-density of each value."""
+    return Normal(wide(normal.loc), wide(normal.scale), validate_args=False).log_prob(wide(y))
+
+
+def drawn(
+    normal: Normal, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator | None
+) -> Tensor:
+    """Return draws of a shape and dtype; a generator gives the same in every narrow one."""
+    loc, where = wide(normal.loc), draw_device(generator, normal.loc.device)
+    noise = torch.randn(shape, dtype=loc.dtype, device=where, generator=generator)
+    return (loc + wide(normal.scale) * noise.to(loc.device)).to(dtype)
 
 
 class NeuralProcess(nn.Module):
@@ -112,7 +137,12 @@ class NeuralProcess(nn.Module):
         ValueError
             If sizes, masks or dtypes do not fit, or a real entry is not finite.
         """
-        batch = self._tasks(x_context, y_context, x_target, y_target, context_mask, target_mask)
+        return self._density(x_context, y_context, x_target, y_target, context_mask, target_mask).to(
+            y_target.dtype
+        )
+
+    def _density(self, *args: Any) -> Tensor:
+        batch = self._tasks(*args)
         return predictive_log_density(self._predict(batch), batch.y_target, batch.target_mask)
 
     def loss(
@@ -133,12 +163,12 @@ class NeuralProcess(nn.Module):
         Tensor
             A scalar.
         """
-        value = self.log_likelihood(
-            x_context, y_context, x_target, y_target, context_mask=context_mask, target_mask=target_mask
-        )
+        value = self._density(x_context, y_context, x_target, y_target, context_mask, target_mask)
         if target_mask is None:
-            return -value.mean() / max(x_target.shape[1], 1)
-        return -(value / target_mask.sum(1).clamp_min(1)).mean()
+            value = -value.mean() / max(x_target.shape[1], 1)
+        else:
+            value = -(value / target_mask.sum(1).clamp_min(1)).mean()
+        return value.to(y_target.dtype)
 
 
 def mlp(n_in: int, width: int, n_out: int, n_hidden: int, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from posterity._checks import integer, one_of
+from posterity._precision import wide
 from posterity._random import draw_device
-from posterity.uncertainty._neural_process import NeuralProcess, Tasks, predictive_log_density, tasks
+from posterity.uncertainty._neural_process import NeuralProcess, Tasks, drawn, predictive_log_density, tasks
 from posterity.uncertainty.cnp import _Sums
 
 __all__ = ["ARSample", "ar_log_likelihood", "ar_sample"]
@@ -127,7 +128,7 @@ def ar_log_likelihood(
         terms = _loop(model, batch)
     else:
         terms = _padded(model, batch, chunk_size)
-    return terms.masked_fill(~batch.target_mask, 0).sum(1)
+    return terms.masked_fill(~batch.target_mask, 0).sum(1).to(y.dtype)
 
 
 @torch.no_grad()
@@ -186,17 +187,15 @@ def ar_sample(
     many = Tasks(*(part.repeat(n_samples, *[1] * (part.ndim - 1)) for part in batch))
     many = many._replace(x_target=_reordered(many.x_target, turns.repeat(n_samples, 1)))
     walk = model._walk if _by_sums(model) else lambda many: _walk(model, many)
-    drawn, means, variances = [], [], []
+    draws, means, variances = [], [], []
     steps = walk(many)
     predictive = next(steps)
     for _ in range(m):
-        loc, where = predictive.loc, draw_device(generator, predictive.loc.device)
-        noise = torch.randn(loc.shape, dtype=loc.dtype, device=where, generator=generator)
-        drawn.append(loc + predictive.scale * noise.to(loc.device))
-        means.append(predictive.loc)
-        variances.append(predictive.scale.square())
-        predictive = steps.send(drawn[-1])
-    parts = (_joined(each, many) for each in (drawn, means, variances))
+        draws.append(drawn(predictive, predictive.loc.shape, many.y_target.dtype, generator))
+        means.append(wide(predictive.loc))
+        variances.append(wide(predictive.scale).square())
+        predictive = steps.send(draws[-1])
+    parts = (_joined(each, many) for each in (draws, means, variances))
     y, mean, variance = (_reordered(part, back.repeat(n_samples, 1)) for part in parts)
     smooth = _reordered(predictive.loc, back.repeat(n_samples, 1))
     y, smooth, mean, variance = (
@@ -204,7 +203,8 @@ def ar_sample(
     )
     # E[var + mean^2] - E[mean]^2, by deviations: no cancellation
     spread = variance.mean(0) + (mean - mean.mean(0)).square().mean(0)
-    return ARSample(y, smooth, mean.mean(0), spread)
+    smooth, mean, spread = (part.to(y.dtype) for part in (smooth, mean.mean(0), spread))
+    return ARSample(y, smooth, mean, spread)
 
 
 def _by_sums(model: Any) -> bool:

@@ -12,24 +12,27 @@ moved: prototypes cut off from the batch would leave dispersion without any effe
 no known class then lie between the classes, and far from all training features.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from posterity._checks import at_least, finite, floating, has_shape, integer, needs, one_of, within
+from posterity._checks import at_least, finite, floating, has_shape, integer, one_of, within
+from posterity._precision import wide, widened
+from posterity.uncertainty.knn_score import _directions
 
 __all__ = [
     "CIDERLoss",
-    "KNNScore",
     "compactness_loss",
     "dispersion_loss",
     "hypersphere_geometry",
     "update_prototypes",
 ]
+
+OFF_ONE = 0.01  # by how much the length of a unit row that was rounded, in whatever dtype, may miss 1
 
 
 class CIDERLoss(nn.Module):
@@ -54,7 +57,8 @@ class CIDERLoss(nn.Module):
     ----------
     prototypes : Tensor of shape (n_classes, dim)
         Unit rows: a buffer, or for ``"learned"`` a parameter that is normalised where it is
-        used. They start at random; see `initialize`.
+        used. They start at random; see `initialize`. The buffer is float32 at least, whatever
+        the module is cast to: narrower averages would stand still.
 
     Raises
     ------
@@ -65,6 +69,10 @@ class CIDERLoss(nn.Module):
     -----
     There is no ``reduction``: dispersion belongs to the batch and not to its samples. In
     eval mode prototypes are not moved. Values inside tensors are checked on the CPU alone.
+
+    Where ``torch.distributed`` is initialised, each training step starts from the moving averages
+    of process 0 and moves them by the batches of all processes, so all must call it; with
+    gradients averaged, as ``DistributedDataParallel`` does, a step is that of the joint batch.
 
     References
     ----------
@@ -98,6 +106,12 @@ class CIDERLoss(nn.Module):
         else:
             self.prototypes = nn.Parameter(start)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CIDERLoss":
+        super()._apply(fn, recurse)
+        if self.kind == "ema":
+            self.prototypes = wide(self.prototypes)
+        return self
+
     @torch.no_grad()
     def initialize(
         self, embeddings: Tensor | Iterable[tuple[Tensor, Tensor]], target: Tensor | None = None
@@ -112,20 +126,21 @@ class CIDERLoss(nn.Module):
             Classes of the embeddings, if these are one tensor.
         """
         batches = [(embeddings, target)] if isinstance(embeddings, Tensor) else embeddings
-        total = torch.zeros_like(self.prototypes)
+        total = torch.zeros_like(wide(self.prototypes))
         count = total.new_zeros(self.n_classes)
         for z, y in batches:
             if y is None:
                 raise ValueError("target must be given with a tensor of embeddings")
-            self._check(z, y)
+            y = self._check(z, y)
             total.index_add_(0, y, z.detach().to(total))
             count.index_add_(0, y, count.new_ones(len(y)))
         if bool((count == 0).any()):
             raise ValueError(
-                f"class {int((count == 0).nonzero()[0])} has no samples to start its prototype from"
+                f"embeddings must hold each class, got none of class {int((count == 0).nonzero()[0])}"
             )
         self.prototypes.copy_(F.normalize(total / count[:, None], dim=1))
 
+    @widened
     def forward(self, embeddings: Float[Tensor, "n dim"], target: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         """Return the loss, and in training mode move the prototypes.
 
@@ -141,30 +156,34 @@ class CIDERLoss(nn.Module):
         Tensor
             A scalar.
         """
-        self._check(embeddings, target)
+        target = self._check(embeddings, target)
         if self.kind == "learned":
-            moved = fixed = F.normalize(self.prototypes, dim=1).to(embeddings)
+            moved = fixed = F.normalize(self.prototypes.to(embeddings), dim=1)
         else:
-            moved = self.prototypes.to(embeddings)
             if self.training:
-                moved = update_prototypes(moved, embeddings, target, self.momentum)
+                rows, classes = _of_all_processes(self.prototypes, embeddings, target)
+                moved = update_prototypes(self.prototypes.to(embeddings), rows, classes, self.momentum)
                 self.prototypes.copy_(moved.detach())
+            else:
+                moved = self.prototypes.to(embeddings)
             fixed = moved.detach()
         apart = dispersion_loss(moved, self.temperature)
         return apart + self.compactness_weight * compactness_loss(embeddings, fixed, target, self.temperature)
 
-    def _check(self, embeddings: Tensor, target: Tensor) -> None:
+    def _check(self, embeddings: Tensor, target: Tensor) -> Tensor:
         has_shape("embeddings", floating("embeddings", embeddings), (None, self.dim))
-        _check_target(target, len(embeddings), self.n_classes)
+        target = _check_target(target, len(embeddings), self.n_classes)
         if embeddings.device.type == "cpu":
-            length = finite("embeddings", embeddings.detach()).norm(dim=1)
-            if len(length) and float((length - 1).abs().max()) > 1e-3:
+            length = finite("embeddings", wide(embeddings.detach())).norm(dim=1)
+            if len(length) and float((length - 1).abs().max()) > OFF_ONE:
                 raise ValueError(
                     f"embeddings must be unit rows, got lengths {float(length.min()):.3g} to {float(length.max()):.3g}: "
                     "normalise them first"
                 )
+        return target
 
 
+@widened
 def update_prototypes(
     prototypes: Float[Tensor, "classes dim"], embeddings: Float[Tensor, "n dim"], target: Int[Tensor, " n"],
     momentum: float,
@@ -193,7 +212,7 @@ def update_prototypes(
     """
     within("momentum", momentum, 0, 1, open_high=True)
     has_shape("embeddings", embeddings, (None, prototypes.shape[1]))
-    _check_target(target, len(embeddings), len(prototypes))
+    target = _check_target(target, len(embeddings), len(prototypes))
     if len(target) == 0:
         return prototypes
     order = target.argsort(stable=True)
@@ -222,6 +241,7 @@ def update_prototypes(
     return rows[place]
 
 
+@widened
 def dispersion_loss(prototypes: Float[Tensor, "classes dim"], temperature: float = 0.1) -> Float[Tensor, ""]:
     """Return (1): the mean over classes of log mean exp of the cosines to the others over T.
 
@@ -247,6 +267,7 @@ def dispersion_loss(prototypes: Float[Tensor, "classes dim"], temperature: float
     return (others.logsumexp(1) - torch.log(cosine.new_tensor(n - 1.0))).mean()
 
 
+@widened
 def compactness_loss(
     embeddings: Float[Tensor, "n dim"], prototypes: Float[Tensor, "classes dim"], target: Int[Tensor, " n"],
     temperature: float = 0.1,
@@ -271,115 +292,8 @@ def compactness_loss(
     """
     at_least("temperature", temperature, 0, strict=True)
     has_shape("embeddings", floating("embeddings", embeddings), (None, prototypes.shape[1]))
-    _check_target(target, len(embeddings), len(prototypes))
+    target = _check_target(target, len(embeddings), len(prototypes))
     return F.cross_entropy(embeddings @ prototypes.T / temperature, target)
-
-
-class KNNScore:
-    """Distance to the k-th nearest training feature: how far an input lies from all that is known.
-
-    Features are normalised first, so only directions count. Nothing is trained.
-
-    Parameters
-    ----------
-    k : int, default=50
-        Which neighbour.
-    backend : {"torch", "faiss"}, default="torch"
-        Exact search in chunks, or faiss's flat index.
-    chunk_size : int, default=4096
-        Most queries at once.
-
-    References
-    ----------
-    .. [1] Sun, Ming, Zhu, Li. Out-of-distribution detection with deep nearest neighbors.
-       ICML 2022.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from posterity.uncertainty import KNNScore
-    >>> known = torch.tensor([[1.0, 0.0], [2.0, 0.1], [1.0, 0.2]])
-    >>> score = KNNScore(k=1).fit(known)
-    >>> score.score(torch.tensor([[5.0, 0.0], [0.0, 1.0]])) > score.threshold(known)
-    tensor([False,  True])
-    """
-
-    def __init__(
-        self, k: int = 50, *, backend: Literal["torch", "faiss"] = "torch", chunk_size: int = 4096
-    ) -> None:
-        self.k = integer("k", k, 1)
-        self.backend = one_of("backend", backend, ("torch", "faiss"))
-        self.chunk_size = integer("chunk_size", chunk_size, 1)
-
-    def fit(self, features: Float[Tensor, "n d"]) -> "KNNScore":
-        """Keep training features.
-
-        Parameters
-        ----------
-        features : Tensor
-            At least k rows.
-
-        Returns
-        -------
-        KNNScore
-            Itself.
-        """
-        features = _directions(features)
-        if len(features) < self.k:
-            raise ValueError(
-                f"k must be at most the number of training features, got {self.k} for {len(features)}"
-            )
-        self.features_ = features
-        if self.backend == "faiss":
-            self.index_ = needs("faiss", "faiss").IndexFlatL2(features.shape[1])
-            self.index_.add(features.float().cpu().numpy())
-        return self
-
-    def score(self, features: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-        """Return the distance of each feature; larger is further from the training data.
-
-        Parameters
-        ----------
-        features : Tensor
-            Queries, as wide as the training features.
-
-        Returns
-        -------
-        Tensor
-            Euclidean distances of directions, in [0, 2].
-        """
-        if not hasattr(self, "features_"):
-            raise ValueError("score needs training features: call fit first")
-        has_shape("features", features, (None, self.features_.shape[1]), "the training features")
-        queries = _directions(features)
-        if self.backend == "faiss":
-            squares, _ = self.index_.search(queries.float().cpu().numpy(), self.k)
-            return torch.from_numpy(squares[:, -1]).to(queries).clamp_min(0).sqrt()
-        known, parts = self.features_.to(queries).T, []
-        fitting = max(1, 2**23 // known.shape[1])  # a table of products that stays near the caches
-        for chunk in queries.split(min(self.chunk_size, fitting)):
-            _, nearest = (chunk @ known).topk(self.k, dim=1)
-            # 2 - 2 cos cancels for near neighbours: take the last one's difference itself
-            parts.append((chunk - self.features_.to(queries)[nearest[:, -1]]).norm(dim=1))
-        return torch.cat(parts) if parts else queries.new_zeros(0)
-
-    def threshold(self, in_distribution: Float[Tensor, "m d"], tpr: float = 0.95) -> float:
-        """Return the score below which a share of in-distribution features lies.
-
-        Parameters
-        ----------
-        in_distribution : Tensor
-            Held-out features of known classes.
-        tpr : float, default=0.95
-            The share, in (0, 1].
-
-        Returns
-        -------
-        float
-            Larger scores are called unknown.
-        """
-        within("tpr", tpr, 0, 1, open_low=True)
-        return float(torch.quantile(self.score(in_distribution).double(), tpr))
 
 
 def hypersphere_geometry(
@@ -407,8 +321,9 @@ def hypersphere_geometry(
         ``separability``, by how much further from the nearest prototype those inputs are.
     """
     has_shape("prototypes", prototypes, (None, embeddings.shape[1]), "embeddings")
-    _check_target(target, len(embeddings), len(prototypes))
-    z, mu = _directions(embeddings).double(), _directions(prototypes).double()
+    target = _check_target(target, len(embeddings), len(prototypes))
+    z = _directions("embeddings", embeddings).double()
+    mu = _directions("prototypes", prototypes).double()
 
     def degrees(cosine: Tensor) -> Tensor:
         return torch.rad2deg(cosine.clamp(-1, 1).arccos())
@@ -423,17 +338,37 @@ def hypersphere_geometry(
         "compactness": float((sums / count.clamp_min(1))[count > 0].mean()),
     }
     if ood is not None:
-        outside = degrees((_directions(ood).double() @ mu.T).amax(1)).mean()
+        outside = degrees((_directions("ood", ood).double() @ mu.T).amax(1)).mean()
         result["separability"] = float(outside - degrees(to_all.amax(1)).mean())
     return result
 
 
-def _directions(features: Tensor) -> Tensor:
-    has_shape("features", floating("features", features), (None, None))
-    return F.normalize(finite("features", features.detach()), dim=1)
+def _of_all_processes(prototypes: Tensor, embeddings: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the batches of all processes together, and give all of them the prototypes of the first."""
+    n = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if n == 1:
+        return embeddings, target
+    distributed.broadcast(prototypes, 0)
+    counts = _gathered(target.new_tensor([len(target)], dtype=torch.int64)).tolist()
+    padded = (0, max(counts) - len(target))
+    kept = torch.arange(max(counts), device=target.device) < target.new_tensor(counts)[:, None]
+    classes = _gathered(F.pad(target.long(), padded)).view(n, -1)[kept]
+    rows = _gathered(F.pad(embeddings.detach(), (0, 0, *padded))).view(n, -1, embeddings.shape[1])[kept]
+    # others' rows are constants here, as are ours to them: n times our gradient, averaged over the n
+    # processes, is the gradient of the joint batch
+    first = sum(counts[: distributed.get_rank()])
+    ours = embeddings.detach() + n * (embeddings - embeddings.detach())
+    return torch.cat([rows[:first], ours, rows[first + len(ours) :]]), classes
 
 
-def _check_target(target: Tensor, n: int, n_classes: int) -> None:
+def _gathered(x: Tensor) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def _check_target(target: Tensor, n: int, n_classes: int) -> Tensor:
+    """Return classes as 64-bit integers."""
     if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(
             f"target must be a tensor of integers, got {getattr(target, 'dtype', type(target).__name__)}"
@@ -443,3 +378,4 @@ def _check_target(target: Tensor, n: int, n_classes: int) -> None:
         low, high = target.aminmax()
         if int(low) < 0 or int(high) >= n_classes:
             raise ValueError(f"target must be in 0..{n_classes - 1}, got {int(low)} to {int(high)}")
+    return target.long()

@@ -17,7 +17,8 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 
 from posterity._checks import integer
-from posterity.uncertainty._neural_process import NeuralProcess, Tasks, mlp
+from posterity._precision import wide
+from posterity.uncertainty._neural_process import NeuralProcess, Tasks, log_prob, mlp
 
 __all__ = ["CNP"]
 
@@ -26,7 +27,7 @@ class _Sums(NeuralProcess):
     """A neural process into which the context enters as a sum over its points.
 
     A subclass says where sums live (`_place`, a grid or nothing), what a point adds
-    (`_points`) and what a sum predicts (`_at`).
+    (`_points`, float32 at least, as sums are) and what a sum predicts (`_at`).
     """
 
     def _place(self, batch: Tasks) -> Tensor | None:
@@ -82,9 +83,8 @@ class _Sums(NeuralProcess):
             added = self._points(one.x_target, one.y_target, one.target_mask, place)
             before = start[rows, None] + added.cumsum(1) - added
             predictive = self._at(before.flatten(0, 1), one.x_target.reshape(-1, 1, self.dim_x), place)
-            terms.append(
-                predictive.log_prob(one.y_target.reshape(-1, 1, self.dim_y)).sum((1, 2)).view(len(rows), m)
-            )
+            each = log_prob(predictive, one.y_target.reshape(-1, 1, self.dim_y))
+            terms.append(each.sum((1, 2)).view(len(rows), m))
         return torch.cat(terms)
 
     def _walk(self, batch: Tasks) -> Generator[Normal, Tensor, None]:
@@ -142,12 +142,13 @@ class CNP(_Sums):
         self.decoder = mlp(dim_hidden + dim_x, dim_hidden, 2 * dim_y, n_decoder_layers)
 
     def _points(self, x: Tensor, y: Tensor, mask: Tensor, place: Tensor | None) -> Tensor:
-        return self.encoder(torch.cat([x, y], dim=-1)).masked_fill(~mask[..., None], 0)
+        return wide(self.encoder(torch.cat([x, y], dim=-1))).masked_fill(~mask[..., None], 0)
 
     def _at(self, total: Tensor, x: Tensor, place: Tensor | None) -> Normal:
-        total = total[:, None].expand(-1, x.shape[1], -1)
+        total = total.to(x.dtype)[:, None].expand(-1, x.shape[1], -1)
         return _normal(*self.decoder(torch.cat([total, x], dim=-1)).chunk(2, dim=-1))
 
 
 def _normal(mean: Tensor, raw: Tensor) -> Normal:
-    return Normal(mean, (1e-6 + F.softplus(raw)).sqrt(), validate_args=False)
+    scale = (1e-6 + F.softplus(wide(raw))).sqrt()
+    return Normal(mean, scale.to(mean.dtype), validate_args=False)

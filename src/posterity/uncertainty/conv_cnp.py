@@ -18,6 +18,7 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 
 from posterity._checks import at_least, integer, one_of
+from posterity._precision import wide
 from posterity.uncertainty._neural_process import Tasks
 from posterity.uncertainty.cnp import _normal, _Sums
 
@@ -111,29 +112,31 @@ class ConvCNP(_Sums):
         count = -(-int(need + 1) // self.stride) * self.stride
         start = (low - self.margin - step) * self.points_per_unit - (count - need) / 2
         first = torch.floor(x.new_tensor(start, dtype=torch.float64) + 0.5)
-        return ((first + torch.arange(count, device=x.device)) * step).to(x.dtype)
+        return ((first + torch.arange(count, device=x.device)) * step).to(wide(x).dtype)
 
     def _kernel(self, x: Tensor, place: Tensor, log_scale: Tensor) -> Tensor:
         """Return weights between points and grid: (tasks, points, grid)."""
-        return torch.exp(-0.5 * ((x - place) / log_scale.exp()).square())
+        return torch.exp(-0.5 * ((x - place) / wide(log_scale).exp()).square())
 
     def _weights(self, x: Tensor, mask: Tensor, place: Tensor) -> Tensor:
         return self._kernel(x, place, self.encoder_log_scale) * mask[..., None]
 
     def _points(self, x: Tensor, y: Tensor, mask: Tensor, place: Tensor | None) -> Tensor:
         assert place is not None
-        return self._weights(x, mask, place)[:, :, None] * F.pad(y, (1, 0), value=1.0)[..., None]
+        return self._weights(x, mask, place)[:, :, None] * F.pad(wide(y), (1, 0), value=1.0)[..., None]
 
     def _sum(self, x: Tensor, y: Tensor, mask: Tensor, place: Tensor | None) -> Tensor:
         assert place is not None
-        return F.pad(y, (1, 0), value=1.0).mT @ self._weights(x, mask, place)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.pad(wide(y), (1, 0), value=1.0).mT @ self._weights(x, mask, place)
 
     def _at(self, total: Tensor, x: Tensor, place: Tensor | None) -> Normal:
         assert place is not None
         density, data = total[:, :1], total[:, 1:]
-        grid = self.network(torch.cat([density, data / (density + 1e-4)], dim=1))
-        read = self._kernel(x, place, self.decoder_log_scale) @ grid.mT
-        return _normal(*read.chunk(2, dim=-1))
+        grid = self.network(torch.cat([density, data / (density + 1e-4)], dim=1).to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            read = self._kernel(x, place, self.decoder_log_scale) @ wide(grid).mT
+        return _normal(*read.to(x.dtype).chunk(2, dim=-1))
 
 
 class _Residual(nn.Module):

@@ -187,9 +187,11 @@ class ESDMetric(Metric):
 
     def update(self, preds: Float[Tensor, "n classes"], target: Int[Tensor, " n"]) -> None:
         """Take a batch: logits, or probabilities (none negative, rows that sum to 1, within 2 %)."""
-        preds = wide(preds)
+        preds = wide(floating("preds", preds))
         share = preds.ndim == 2 and bool((preds >= 0).all() and ((preds.sum(1) - 1).abs() < OFF_ONE).all())
-        confidence, correct = _top_label(preds.clamp_min(1e-30).log() if share else preds, target)
+        confidence, correct = _top_label(
+            preds.clamp_min(1e-30).log() if share else preds, target, name="preds"
+        )
         self.confidence.append(confidence)
         self.correct.append(correct)
 
@@ -200,6 +202,8 @@ class ESDMetric(Metric):
             pooled.append(
                 torch.cat(list(state)) if isinstance(state, list) and state else torch.as_tensor(state)
             )
+        if len(pooled[0]) < 3:
+            raise ValueError(f"preds must have had at least 3 rows before compute, got {len(pooled[0])}")
         value = expected_squared_difference(*pooled)
         return _root(value, torch.finfo(value.dtype).eps) if self.root else value
 
@@ -341,25 +345,27 @@ class SBECELoss(nn.Module):
 
 
 def _top_label(
-    logits: Float[Tensor, "n classes"], target: Int[Tensor, " n"], at_least_n: int = 1
+    logits: Float[Tensor, "n classes"], target: Int[Tensor, " n"], at_least_n: int = 1, name: str = "logits"
 ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
     """Return confidence and correctness of the most probable class, the first of equals."""
-    has_shape("logits", floating("logits", logits), (None, None))
-    n, classes = logits.shape
+    n, classes = has_shape(name, floating(name, logits), (None, None)).shape
     if classes < 2:
-        raise ValueError(f"logits must have at least 2 classes, got {classes}")
+        raise ValueError(f"{name} must have at least 2 classes, got {classes}")
     if n < at_least_n:
         raise ValueError(
-            f"logits must have at least {at_least_n} rows, got {n}: fewer have no unbiased estimate"
+            f"{name} must have at least {at_least_n} rows, got {n}: fewer have no unbiased estimate"
         )
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise ValueError(f"target must hold class indices, got dtype {target.dtype}")
-    has_shape("target", target, (n,), "logits")
+    has_shape("target", target, (n,), name)
     if target.device.type == "cpu" and n and not ((target >= 0) & (target < classes)).all():
         low, high = target.aminmax()
-        raise ValueError(f"target must be in 0..{classes - 1} for logits, got values from {low} to {high}")
+        raise ValueError(f"target must be in 0..{classes - 1} for {name}, got values from {low} to {high}")
     top = logits.argmax(1, keepdim=True)
-    return logits.softmax(1).gather(1, top)[:, 0], top[:, 0] == target
+    confidence = logits.softmax(1).gather(1, top)[:, 0]
+    if confidence.device.type == "cpu" and bool(confidence.isnan().any()):
+        raise ValueError(f"{name} must not be NaN or infinite, row {int(confidence.isnan().nonzero()[0])} is")
+    return confidence, top[:, 0] == target
 
 
 def _root(value: Tensor, floor: float) -> Tensor:

@@ -23,12 +23,14 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, within
+from posterity._precision import wide, widened
 
 __all__ = ["FoRDELoss", "RepulsiveEnsemble", "fit_input_components", "input_gradient_repulsion"]
 
-FLOOR = 1e-12  # of the bandwidth: identical members have a median distance of 0
+FLOOR = 1e-12  # of the bandwidth, by the largest scale: identical members have a median distance of 0
 
 
+@widened
 def input_gradient_repulsion(
     gradients: Float[Tensor, "members batch *shape"],
     *,
@@ -49,7 +51,8 @@ def input_gradient_repulsion(
     scales : Tensor of shape (r,), optional
         Their lengths; given together with ``components``.
     eps : float, default=1e-24
-        Added to squared lengths, positive, so that a gradient of zero stays zero.
+        Share of the largest squared length that is added to all, positive, so that a gradient
+        of zero stays zero.
 
     Returns
     -------
@@ -87,14 +90,15 @@ def input_gradient_repulsion(
     at_least("eps", eps, 0, strict=True)
     n_members, batch = gradients.shape[:2]
     u = gradients.reshape(n_members, batch, -1)
-    tiny = torch.finfo(u.dtype).tiny
-    if components is None and scales is None:
-        u = u / (u.square().sum(2, keepdim=True) + max(eps, tiny)).sqrt()
-    else:
+    tiny, floor = torch.finfo(u.dtype).tiny, FLOOR
+    if components is not None or scales is not None:
         components, scales = _check_components(components, scales)
         has_shape("components", components, (u.shape[2], None), "the inputs' gradients")
-        u = u @ components.to(u)
-        u = u / (u.square().sum(2, keepdim=True) + max(eps, tiny)).sqrt() * scales.to(u)
+        u, scales = u @ components.to(u), scales.to(u)
+    square = u.square().sum(2, keepdim=True)
+    u = u / (square + (eps * square.detach().amax()).clamp_min(tiny)).sqrt()
+    if scales is not None:
+        u, floor = u * scales, (FLOOR * scales.square().amax()).clamp_min(tiny)
     # seen from the first member distances are the same, and those of near members keep their digits
     u = (u - u[:1].detach()).transpose(0, 1)  # (batch, members, r)
     inner = torch.bmm(u, u.detach().transpose(1, 2))  # <u_i, bar u_j>
@@ -103,11 +107,12 @@ def input_gradient_repulsion(
     distance = (2 * own - own.detach())[:, :, None] + own.detach()[:, None, :] - 2 * inner
     distance = distance.clamp_min(0)  # (batch, i, j)
     middle = distance.detach().sort(1).values[:, (n_members - 1) // 2 : n_members // 2 + 1].mean(1)
-    bandwidth = middle / math.log(max(n_members, 2)) + max(FLOOR, tiny)  # (batch, j)
+    bandwidth = middle / math.log(max(n_members, 2)) + floor  # (batch, j)
     kernel = torch.logsumexp(-distance / bandwidth[:, None, :], dim=(0, 2))
     return (kernel - math.log(batch)).sum() / batch
 
 
+@widened
 def fit_input_components(
     inputs: Float[Tensor, " n *shape"], *, rank: int | None = None
 ) -> tuple[Float[Tensor, "d r"], Float[Tensor, " r"]]:
@@ -228,7 +233,9 @@ class RepulsiveEnsemble(nn.Module):
         Tensor of shape (n, classes)
             Probabilities.
         """
-        return self(x).softmax(-1).mean(0)
+        outputs = self(x)
+        has_shape("the members' outputs", outputs, (len(self.members), len(x), None), "classes of x")
+        return wide(outputs).softmax(-1).mean(0).to(x.dtype if x.is_floating_point() else outputs.dtype)
 
 
 class FoRDELoss(nn.Module):
@@ -292,7 +299,8 @@ class FoRDELoss(nn.Module):
     ) -> None:
         super().__init__()
         if components is not None or scales is not None:
-            components, scales = _check_components(components, scales)
+            with torch.inference_mode(False):  # what was found there serves training here
+                components, scales = (x.clone() for x in _check_components(components, scales))
         self.register_buffer("components", components)
         self.register_buffer("scales", scales)
         self.repulsion = at_least("repulsion", repulsion, 0)
@@ -327,24 +335,26 @@ class FoRDELoss(nn.Module):
         if x.ndim < 1 or len(x) == 0:
             raise ValueError(f"x must have at least one row, got shape {tuple(x.shape)}")
         repel = self.repulsion > 0 and len(modules) > 1
+        if repel and not torch.is_grad_enabled():  # as in validation: input gradients need a graph
+            with torch.inference_mode(False):  # grad mode too
+                return self(modules, x.clone(), target.clone()).detach()
         if repel and not x.requires_grad:
             x = x.detach().requires_grad_()
         outputs, inputs = _evaluate(modules, x)
         fit, score = self._fit(outputs, target)
         if not repel:
-            return fit
+            return fit.to(x.dtype)
         found = torch.autograd.grad(score, inputs, create_graph=True, allow_unused=True)
         blind = [number for number, gradient in enumerate(found) if gradient is None]
         if blind:
             raise ValueError(f"members must depend on x, but the output of member {blind[0]} does not")
         gradients = found[0] if len(found) == 1 else torch.stack(found)
-        return fit + self.repulsion * input_gradient_repulsion(
-            gradients, components=self.components, scales=self.scales
-        )
+        apart = input_gradient_repulsion(wide(gradients), components=self.components, scales=self.scales)
+        return (fit + self.repulsion * apart).to(x.dtype)
 
     def _fit(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum over members of the mean loss, and the score whose gradient is compared."""
-        n_members, n = outputs.shape[:2]
+        outputs, (n_members, n) = wide(outputs), outputs.shape[:2]
         if target.is_floating_point():
             has_shape("target", target, tuple(outputs.shape[1:]), "the members' outputs")
             return (outputs - target).square().sum() / (2 * n), outputs.sum()

@@ -151,6 +151,7 @@ class GMOGPRegressor(RegressorMixin, MultiOutputMixin, BaseEstimator):
         self.device = device
         self.random_state = random_state
 
+    @torch.inference_mode(False)  # grad mode too
     def fit(self, X: Any, Y: Any) -> "GMOGPRegressor":
         """Learn kernels, noise and attention.
 

@@ -22,6 +22,7 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.nn import functional as F
 
 from posterity._checks import integer, one_of, within
+from posterity._precision import wide
 from posterity.uncertainty._neural_process import NeuralProcess, Tasks, mlp
 
 __all__ = ["LBANP"]
@@ -174,7 +175,8 @@ class LBANP(NeuralProcess):
         -------
         Normal or MultivariateNormal
             loc and scale of shape (tasks, m, dim_y); with joint targets a distribution
-            over vectors of m * dim_y, the outputs of a target side by side.
+            over vectors of m * dim_y, the outputs of a target side by side, in float32 at
+            least: no narrower matrix can be factorised.
         """
         if len(encodings) != self.n_layers:
             raise ValueError(
@@ -205,21 +207,22 @@ class LBANP(NeuralProcess):
 
     def _joint(self, query: Tensor, mask: Tensor | None) -> MultivariateNormal:
         n, m = query.shape[:2]
-        mean = self.mean_head(query).reshape(n, m * self.dim_y)
+        mean = wide(self.mean_head(query)).reshape(n, m * self.dim_y)
         if m == 0:
             return MultivariateNormal(mean, scale_tril=mean.new_zeros(n, 0, 0), validate_args=False)
         hidden = None if mask is None else ~mask
         if hidden is not None:  # a row of padding alone must not become NaN
             hidden = hidden & ~hidden.all(1, keepdim=True)
         mixed = self.scale_layers(query, src_key_padding_mask=hidden)
-        factor = self.factor_head(mixed).reshape(n, m * self.dim_y, self.rank)
-        gram = factor @ factor.mT
+        factor = wide(self.factor_head(mixed)).reshape(n, m * self.dim_y, self.rank)
+        with torch.autocast(query.device.type, enabled=False):
+            gram = factor @ factor.mT
         if self.covariance == "cholesky":
             raw = gram.diagonal(dim1=-2, dim2=-1)
             diagonal = self._positive(raw) if self.bound_scale else F.softplus(raw) + 1e-3
             tril = gram.tril(-1) + torch.diag_embed(diagonal)
             return MultivariateNormal(mean, scale_tril=tril, validate_args=False)
-        variance = self._positive(self.diagonal_head(mixed).reshape(n, -1))
+        variance = self._positive(wide(self.diagonal_head(mixed)).reshape(n, -1))
         return MultivariateNormal(mean, gram + torch.diag_embed(variance), validate_args=False)
 
     def forward(

@@ -18,6 +18,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from posterity._precision import NARROW, wide
 from posterity.uncertainty.block_solvers import Product, _warn
 
 __all__: list[str] = []
@@ -36,20 +37,27 @@ class _Batch(NamedTuple):
 
 
 class _Tangent:
-    """The outputs of a network as a function of its free parameters, as one vector theta."""
+    """The outputs of a network as a function of its free parameters, as one vector theta.
+
+    A network of narrow weights is read in float32: in its own dtype no system could be solved.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, free = model, _parameters(model)
         self.names, self.shapes = list(free), [v.shape for v in free.values()]
         self.sizes = [v.numel() for v in free.values()]
-        self.theta = torch.cat([v.detach().flatten() for v in free.values()])
+        self.theta = torch.cat([wide(v.detach()).flatten() for v in free.values()])
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self.fixed = {name: wide(v) for name, v in named if name not in free and v.dtype in NARROW}
 
     def to(self, x: Tensor) -> Tensor:
-        return x.to(self.theta.device)
+        x = wide(x) if x.is_floating_point() else x
+        return (x.clone() if x.is_inference() else x).to(self.theta.device)
 
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
         parts = zip(self.names, theta.split(self.sizes), self.shapes, strict=True)
-        return functional_call(self.model, {name: v.view(shape) for name, v, shape in parts}, (x,))
+        free = {name: v.view(shape) for name, v, shape in parts}
+        return functional_call(self.model, {**self.fixed, **free}, (x,))
 
     def measure(self, x: Tensor) -> tuple[int, int]:
         """Return the number of outputs, and the bytes that linearising at x keeps."""
@@ -96,6 +104,7 @@ def _linear_mode(
     """Return the weights at which the linear classifier, without offset, fits best."""
     w = start.clone().requires_grad_()
 
+    @torch.no_grad()  # L-BFGS calls it with gradients on
     def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
         loss, grad = lam / 2 * point.double().square().sum(), lam * point
         for batch in batches():
@@ -130,13 +139,20 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def _still(model: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode, with attention that can be differentiated twice; then undo both."""
+    """Run a block in eval mode, with attention that can be differentiated twice; then undo both.
+
+    Inside there is no autocast, as solvers need each digit, no gradient and no inference mode.
+    """
     modes = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        device = next(model.parameters()).device.type
+        with (
+            sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False),
+            torch.inference_mode(False), torch.no_grad(),
+        ):  # fmt: skip
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posterity._checks import at_least, finite, floating, has_shape
+from posterity._precision import widened
 
 __all__ = ["attention_coefficients"]
 
 
+@widened
 def attention_coefficients(
     targets: Float[Tensor, "n s"],
     weight: Float[Tensor, "s s s"],
@@ -67,6 +69,8 @@ def attention_coefficients(
     """
     at_least("negative_slope", negative_slope, 0)
     s = has_shape("targets", floating("targets", targets), (None, None)).shape[1]
+    if s == 0:
+        raise ValueError("targets must have at least one output, got none")
     for name, value in (("weight", weight), ("bias", bias)):
         has_shape(name, floating(name, value), (s, s, s), f"targets of {s} outputs")
     return _attention(_gram(finite("targets", targets)), weight, bias, negative_slope)

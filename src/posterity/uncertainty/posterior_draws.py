@@ -17,12 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of
+from posterity._precision import rounding, widened
 from posterity._random import draw_device
 from posterity.uncertainty.block_solvers import Block, _cg, _sgd
 
 __all__ = ["sample_posterior"]
 
-_JITTER = 1e-6
+_JITTER = 1e-6  # of the largest curvature
 
 Generator = torch.Generator | None
 
@@ -49,7 +50,8 @@ def sample_posterior(
         How many draws.
     objective : {"low-variance", "standard"}, default="low-variance"
         Where the noise of a draw is put: all in the regulariser, or in targets of the data,
-        where minibatches see it. Both have the same minimiser up to a jitter of 1e-6 on H.
+        where minibatches see it. Both have the same minimiser up to a jitter of 1e-6 of the
+        largest entry on H.
     solver : {"cg", "cholesky", "sgd"}, default="cg"
         Conjugate gradients; dense algebra of size min(p, n o); or minibatches with momentum.
     tol : float, default=1e-6
@@ -91,6 +93,8 @@ def sample_posterior(
             [0.0000, 1.0000]])
     """
     n, o, p = has_shape("jacobian", floating("jacobian", jacobian), (None, None, None)).shape
+    if o == 0 or p == 0:
+        raise ValueError(f"jacobian must have outputs and parameters, got shape {tuple(jacobian.shape)}")
     has_shape("curvature", floating("curvature", curvature), (n, o, o), "jacobian")
     integer("n_samples", n_samples, 1)
     one_of("objective", objective, ("low-variance", "standard"))
@@ -102,14 +106,28 @@ def sample_posterior(
         if not bool((finite("prior_precision", precision) > 0).all()):
             raise ValueError(f"prior_precision must be positive, got {float(precision.min())}")
     else:
-        precision = jacobian.new_full((p,), at_least("prior_precision", prior_precision, 0, strict=True))
-    jacobian, curvature = finite("jacobian", jacobian).detach(), finite("curvature", curvature).to(jacobian)
+        value = at_least("prior_precision", prior_precision, 0, strict=True)
+        precision = jacobian.new_full((p,), value, dtype=torch.promote_types(jacobian.dtype, torch.float32))
+    finite("jacobian", jacobian)
+    slack = rounding(finite("curvature", curvature).dtype, 1e-4)
+    return _draws(
+        jacobian.detach(), curvature, precision, slack, n_samples, objective, solver, tol, max_iter, generator
+    )
+
+
+@widened
+def _draws(
+    jacobian: Tensor, curvature: Tensor, precision: Tensor, slack: float, n_samples: int, objective: str,
+    solver: str, tol: float, max_iter: int, generator: Generator,
+) -> Tensor:  # fmt: skip
+    (n, o, p), curvature = jacobian.shape, curvature.to(jacobian)
     values, vectors = torch.linalg.eigh((curvature + curvature.mT) / 2)
     scale = curvature.abs().max() if n else 0.0
-    if bool(((curvature - curvature.mT).abs() > 1e-4 * scale).any() or (values < -1e-4 * scale).any()):
+    if bool(((curvature - curvature.mT).abs() > slack * scale).any() or (values < -slack * scale).any()):
         raise ValueError("curvature must be symmetric without negative eigenvalues")
-    values = values.clamp_min(0)
-    root = values.sqrt() if objective == "low-variance" else values / (values + _JITTER).sqrt()
+    values, tiny = values.clamp_min(0), torch.finfo(values.dtype).tiny
+    low = objective == "low-variance"
+    root = values.sqrt() if low else values / (values + max(_JITTER * scale, tiny)).sqrt()
 
     prior = _randn((n_samples, p), jacobian, generator) * precision.sqrt()  # lam w0
     e = _randn((n_samples, n, o), jacobian, generator)

@@ -15,13 +15,14 @@ data have decided, and w the weights of the linear model that fit the data best,
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import at_least, integer, one_of
+from posterity._precision import NARROW
 from posterity._random import draw_device
 from posterity.uncertainty.block_solvers import Block, _cg, _sgd, _Solution
 from posterity.uncertainty.linearised_network import _Batch, _linear_mode, _parameters, _still, _Tangent
@@ -99,6 +100,7 @@ class SampledLaplace:
        linearly to 0 over ``max_iter`` passes; the official rates are set by hand. It reaches a
        residual of about 1e-2, so set ``tol`` to that.
     5. Step t = 1, 2, ... of (2) solves to a residual of ``10^-(t+1)``, until that is below ``tol``.
+    6. Weights in bfloat16 or float16 are read as float32; predictions have the dtype of their inputs.
 
     References
     ----------
@@ -166,7 +168,7 @@ class SampledLaplace:
         ValueError
             If data and model do not fit, or batches cannot be gone through twice.
         """
-        with _still(self.model), torch.no_grad():
+        with _still(self.model):
             return self._fit(X, y)
 
     def _fit(self, X: Tensor | Iterable, y: Tensor | None) -> "SampledLaplace":
@@ -269,7 +271,7 @@ class SampledLaplace:
             raise ValueError("y must be None where X gives batches (x, y)")
         if not isinstance(X, Iterable) or iter(X) is X:
             raise ValueError(f"X must be a tensor or a loader that can restart, got {type(X).__name__}")
-        return lambda: ((batch[0], batch[1]) for batch in X)
+        return lambda: map(_pair, X)
 
     def sample(self, X: Tensor) -> Float[Tensor, "n_samples m o"]:
         """Return draws of the function: each is one function at all points.
@@ -285,7 +287,7 @@ class SampledLaplace:
             Outputs ``f(x) + J(x) (s z_k)`` of each draw.
         """
         f, deviation = self._functions(X)
-        return f + deviation
+        return _as(X, f + deviation)
 
     def predict(self, X: Tensor) -> tuple[Float[Tensor, "m o"], Float[Tensor, "m o o"]]:
         """Return mean and covariance of the function at each point.
@@ -301,7 +303,9 @@ class SampledLaplace:
             The model's own outputs, and their covariance over the draws.
         """
         f, deviation = self._functions(X)
-        return f, torch.einsum("kmi,kmj->mij", deviation, deviation) / len(deviation)
+        with torch.autocast(f.device.type, enabled=False):
+            covariance = torch.einsum("kmi,kmj->mij", deviation, deviation) / len(deviation)
+        return _as(X, f), _as(X, covariance)
 
     def predict_proba(self, X: Tensor, *, link: Literal["mc", "probit"] = "mc") -> Float[Tensor, "m o"]:
         """Return class probabilities.
@@ -328,8 +332,8 @@ class SampledLaplace:
             raise ValueError("predict_proba is for classification: use predict")
         f, deviation = self._functions(X)
         if link == "mc":
-            return (f + deviation).softmax(-1).mean(0)
-        return (f / (1 + math.pi / 8 * deviation.square().mean(0)).sqrt()).softmax(-1)
+            return _as(X, (f + deviation).softmax(-1).mean(0))
+        return _as(X, (f / (1 + math.pi / 8 * deviation.square().mean(0)).sqrt()).softmax(-1))
 
     def log_likelihood(self, X: Tensor, y: Tensor, *, joint: bool = False) -> Float[Tensor, "*m"]:
         """Return the log of the predictive density of targets, averaged over the draws.
@@ -346,22 +350,35 @@ class SampledLaplace:
         Tensor
             A scalar if ``joint``, else one value a point.
         """
-        f = self.sample(X)
+        f, deviation = self._functions(X)
+        f = f + deviation
         self._likelihood.check(y, len(X), f.shape[-1])
         each = self._likelihood.log_density(f, y.to(f.device))
         if joint:
             each = each.sum(-1)
-        return each.logsumexp(0) - math.log(len(f))
+        return _as(X, each.logsumexp(0) - math.log(len(f)))
 
     def _functions(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Return the outputs (m, o) and the draws' deviations from them (n_samples, m, o)."""
         if not hasattr(self, "samples_"):
             raise ValueError("there are no draws yet: call fit first")
-        with _still(self.model), torch.no_grad():
+        with _still(self.model):
             tangent = _Tangent(self.model)
             made = (tangent.at(tangent.to(x), None) for x in X.split(self.batch_size))
             parts = [(batch.f, batch.push(self.scale_ * self.samples_)) for batch in made]
         return torch.cat([f for f, _ in parts]), torch.cat([d for _, d in parts], 1)
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    """Return inputs and targets of a loader's batch."""
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise ValueError(f"X must give batches (x, y), got {type(batch).__name__}")
+    return batch[0], batch[1]
+
+
+def _as(X: Tensor, result: Tensor) -> Tensor:
+    """Return a result as narrow as the inputs that it is for."""
+    return result.to(X.dtype) if X.dtype in NARROW else result
 
 
 def _shuffled(n: int, generator: Generator) -> Tensor:

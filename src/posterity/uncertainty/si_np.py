@@ -26,12 +26,13 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 
 from posterity._checks import floating, integer, one_of, within
-from posterity._random import draw_device
-from posterity.uncertainty._neural_process import Tasks, mlp, predictive_log_density, tasks
+from posterity._precision import wide, widened
+from posterity.uncertainty._neural_process import Tasks, drawn, log_prob, mlp, predictive_log_density, tasks
 
 __all__ = ["SINP", "self_normalized_weights"]
 
 
+@widened
 def self_normalized_weights(
     log_likelihood: Float[Tensor, "particles tasks"],
     log_prior: Float[Tensor, "particles tasks"],
@@ -69,6 +70,8 @@ def self_normalized_weights(
                 f"{name} must have the shape (particles, tasks) of log_likelihood, "
                 f"got {tuple(value.shape)} and {tuple(log_likelihood.shape)}"
             )
+    if not len(log_likelihood):
+        raise ValueError("log_likelihood must have at least one particle, got none")
     ratio = (log_prior - log_proposal).detach()
     joint = log_likelihood.detach() + ratio
     for name, value in (
@@ -245,7 +248,7 @@ class SINP(nn.Module):
 
     def _predict(self, batch: Tasks, n_samples: int, generator: torch.Generator | None) -> Normal:
         prior = self.prior_encoder(batch.x_context, batch.y_context, batch.context_mask)
-        return self.decoder(batch.x_target, _draw(prior, n_samples, generator))
+        return self.decoder(batch.x_target, self._draw(prior, batch, n_samples, generator))
 
     def log_likelihood(
         self, x_context: Tensor, y_context: Tensor, x_target: Tensor, y_target: Tensor, *,
@@ -276,7 +279,7 @@ class SINP(nn.Module):
         batch = self._tasks(x_context, y_context, x_target, y_target, context_mask, target_mask)
         predictive = self._predict(batch, n_samples, generator)
         each = predictive_log_density(predictive, batch.y_target, batch.target_mask)
-        return each.logsumexp(0) - torch.log(each.new_tensor(float(n_samples)))
+        return (each.logsumexp(0) - torch.log(each.new_tensor(float(n_samples)))).to(y_target.dtype)
 
     def loss(
         self, x_context: Tensor, y_context: Tensor, x_target: Tensor, y_target: Tensor, *,
@@ -308,9 +311,9 @@ class SINP(nn.Module):
         mask = torch.cat([batch.context_mask, batch.target_mask], dim=1)
         prior = self.prior_encoder(batch.x_context, batch.y_context, batch.context_mask)
         proposal = prior if self.proposal_encoder is None else self.proposal_encoder(x, y, mask)
-        z = _draw(proposal, self.n_particles, generator).detach()
+        z = self._draw(proposal, batch, self.n_particles, generator).detach()
         log_likelihood = predictive_log_density(self.decoder(x, z), y, mask)
-        log_prior, log_proposal = (each.log_prob(z).sum(-1) for each in (prior, proposal))
+        log_prior, log_proposal = (log_prob(each, z).sum(-1) for each in (prior, proposal))
         weights, baseline = self_normalized_weights(log_likelihood, log_prior, log_proposal)
         self.last_ess_ = 1 / weights.square().sum(0)
         equal = 1 / self.n_particles
@@ -319,7 +322,11 @@ class SINP(nn.Module):
         value = weights * log_likelihood + (weights - baseline) * log_prior
         if self.proposal_encoder is not None:
             value = value + (weights - equal) * log_proposal
-        return -(value.sum(0) / mask.sum(1).clamp_min(1)).mean()
+        return -(value.sum(0) / mask.sum(1).clamp_min(1)).mean().to(y_target.dtype)
+
+    @staticmethod
+    def _draw(normal: Normal, batch: Tasks, n: int, generator: torch.Generator | None) -> Tensor:
+        return drawn(normal, (n, *normal.loc.shape), batch.x_context.dtype, generator)
 
     def _tasks(self, *args: Tensor | None) -> Tasks:
         return tasks(*args, dim_x=self.dim_x, dim_y=self.dim_y)
@@ -338,8 +345,9 @@ class _LatentEncoder(nn.Module):
         self.mean, self.log_variance = nn.Linear(dim_hidden, dim_latent), nn.Linear(dim_hidden, dim_latent)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Normal:
-        each = self.embed(torch.cat([x, y], dim=-1)).relu()
+        each = wide(self.embed(torch.cat([x, y], dim=-1)).relu())
         pooled = each.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        pooled = pooled.to(x.dtype)
         return Normal(self.mean(pooled), (self.log_variance(pooled) / 2).exp() + 1e-6, validate_args=False)
 
 
@@ -358,10 +366,3 @@ class _Decoder(nn.Module):
         # the first layer of [x, z], without writing z beside every x
         mean, raw = self.body((self.from_x(x) + self.from_z(z)[:, :, None]).relu()).chunk(2, dim=-1)
         return Normal(mean, self.min_scale + (1 - self.min_scale) * F.softplus(raw), validate_args=False)
-
-
-def _draw(normal: Normal, n: int, generator: torch.Generator | None) -> Tensor:
-    loc = normal.loc
-    where = draw_device(generator, loc.device)
-    noise = torch.randn((n, *loc.shape), dtype=loc.dtype, device=where, generator=generator)
-    return loc + normal.scale * noise.to(loc.device)

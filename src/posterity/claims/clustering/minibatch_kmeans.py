@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import numpy as np
+import pandas as pd
 from numpy import ndarray
 from sklearn.cluster import KMeans, kmeans_plusplus
 
@@ -16,6 +17,20 @@ def _cube(data: str, seed: int, n_rows: int | None = None) -> ndarray:
     points = load_points(data, seed=seed)[:n_rows].astype(np.float64)
     points -= points.min(0)
     return points / (np.ptp(points, axis=0).max() or 1.0)
+
+
+def _fits(
+    data: ndarray, n_clusters: int, n_rows: int | None = None, epsilon: float | None = None, **_: object
+) -> None:
+    """Refuse fewer different points than clusters and one, and an epsilon that no step could pass."""
+    points = data[:n_rows]
+    for some in (points[: 100 * n_clusters], points):  # often the first are enough
+        if (different := len(pd.DataFrame(some).drop_duplicates())) > n_clusters:
+            break
+    else:
+        raise ValueError(f"n_clusters must be less than the {different} different points, got {n_clusters}")
+    if epsilon is not None and epsilon >= data.shape[1]:
+        raise ValueError(f"epsilon must be less than the {data.shape[1]} coordinates, got {epsilon}")
 
 
 def _cost(points: ndarray, centers: ndarray) -> float:
@@ -49,6 +64,7 @@ def _agreement(
     metric="share of improving steps in which the cost of all data falls by epsilon / 2",
     better="higher",
     smallest={"max_iter": 5, "n_rows": 300},
+    check=_fits,
 )
 def local_implies_global(
     trial: Trial,
@@ -79,6 +95,7 @@ def local_implies_global(
     metric="iterations over the bound 2 d / epsilon, largest over starts and epsilons",
     limit=1.0,
     smallest={"n_rows": 300},
+    check=_fits,
 )
 def terminates(
     trial: Trial,
@@ -117,6 +134,7 @@ def terminates(
     metric="cost over the cost of Lloyd's algorithm, mean over starts",
     high=1.05,
     smallest={"n_rows": 300, "n_starts": 2},
+    check=_fits,
 )
 def quality(
     trial: Trial,

@@ -13,6 +13,7 @@ from sklearn.pipeline import make_pipeline
 from posterity.claims import Between, Count, Share, Trial, bound, comparison
 from posterity.fairness import fair_thresholds
 from posterity.lab.data import Table, TableData, dataset, load_table, split, table_encoder
+from posterity.lab.data.needs import require_rest
 
 GROUPS = {"synthetic": "group", "adult": "sex", "compas": "race"}
 CONSTRAINTS = ("equal_opportunity", "predictive_equality", "equalized_odds", "demographic_parity")
@@ -44,26 +45,49 @@ def _synthetic(seed: int, n_rows: int = 100_240, n_features: int = 57) -> TableD
     return TableData(frame, y.astype(np.int64), "classification", ("0", "1"))
 
 
+def _grouped(table: TableData, group: str | None) -> tuple[pd.DataFrame, ndarray, ndarray]:
+    """Return features, classes and groups of the rows of the two commonest groups."""
+    if len(table.classes) != 2:
+        raise ValueError(f"target must have two classes, got {', '.join(table.classes[:5])}")
+    if group not in table.X:
+        raise ValueError(f"group must be one of {', '.join(map(str, table.X))}, got {group!r}")
+    codes, names = pd.factorize(table.X[group].astype(str), sort=True)
+    if len(names) < 2:
+        raise ValueError(f"group {group!r} must have two values, got only {names[0]!r}")
+    keep = np.flatnonzero(np.isin(codes, np.argsort(-np.bincount(codes), kind="stable")[:2]))
+    groups = np.unique(codes[keep], return_inverse=True)[1]
+    return table.X.iloc[keep].drop(columns=group), table.y[keep], groups
+
+
+def _fits(
+    data: TableData, name: str, group: str | None, alpha: float, delta: float, n_train: int, n_calibration: int,
+    **_: object,
+) -> None:  # fmt: skip
+    """Refuse groups and sizes with which no pair of thresholds could be fair."""
+    X, y, groups = _grouped(data, group or GROUPS.get(name))
+    if X.empty:
+        raise ValueError("no column beside the target and the group")
+    require_rest(len(y), "n_train", n_train, max(n_train, 2 * n_calibration), "rows")
+    if (learned := np.bincount(y) * n_train // len(y)).min() < 2:
+        raise ValueError(f"each class needs 2 of the n_train={n_train} rows, would have {learned.tolist()}")
+    cells = np.bincount(2 * y + groups, minlength=4) * n_calibration // len(y)
+    if cells.min() < 2:
+        raise ValueError(
+            f"each class of each group needs 2 of the n_calibration={n_calibration} rows, would have {cells.tolist()}"
+        )
+    cell = np.repeat(np.arange(4), cells)
+    scores = np.random.default_rng(0).random(len(cell))
+    fair_thresholds(scores, cell // 2, cell % 2, alpha=alpha, delta=delta)
+
+
 def _scored(
     data: str, target: str | None, group: str | None, n_train: int, seed: int
 ) -> tuple[ndarray, ndarray, ndarray]:
     """Return scores, classes and groups of the rows that a logistic scorer was not trained on."""
     table = load_table(data, target=target, task="classification", seed=seed)
-    if len(table.classes) != 2:
-        raise ValueError(f"{data}: target must have two classes, got {', '.join(table.classes)}")
-    group = group or GROUPS.get(data)
-    if group not in table.X:
-        raise ValueError(f"{data}: group must be one of {', '.join(map(str, table.X))}, got {group!r}")
-    names, counts = np.unique(table.X[group].astype(str), return_counts=True)
-    if len(names) < 2:
-        raise ValueError(f"{data}: group {group!r} must have two values, got only {names[0]!r}")
-    keep = np.flatnonzero(table.X[group].astype(str).isin(names[np.argsort(-counts, kind="stable")[:2]]))
-    dropped = [group, *(LATER if data == "compas" else ())]
-    X, y = table.X.iloc[keep].drop(columns=dropped), table.y[keep]
-    groups = np.unique(table.X[group].astype(str).to_numpy()[keep], return_inverse=True)[1]
+    X, y, groups = _grouped(table, group or GROUPS.get(data))
+    X = X.drop(columns=list(LATER)) if data == "compas" else X
     share = n_train / len(y)
-    if share > 0.5:
-        raise ValueError(f"{data}: n_train must be at most half of the {len(y)} rows, got {n_train}")
     train, rest = split(len(y), (share, 1 - share), seed, stratify=2 * y + groups)
     scorer = make_pipeline(table_encoder(), LogisticRegression(max_iter=10_000)).fit(X.iloc[train], y[train])
     scores = scorer.decision_function(X.iloc[rest])
@@ -145,6 +169,7 @@ def _fairlearn(known: tuple[ndarray, ...], fresh: tuple[ndarray, ...], seed: int
     metric="share of calibration samples whose gap on held-out rows exceeds alpha",
     better="lower",
     smallest={"n_samples": 2, "n_designs": 1},
+    check=_fits,
 )
 def keeps_its_word(
     trial: Trial,
@@ -203,6 +228,7 @@ def keeps_its_word(
     metric="share of samples above alpha, less delta, in standard errors; largest over four notions",
     limit=3.0,
     smallest={"n_samples": 2, "n_designs": 1},
+    check=_fits,
 )
 def within_delta(
     trial: Trial,

@@ -42,6 +42,11 @@ def _network(kind: str, points: Tensor, trial: Trial) -> nn.Module:
         return UNet()
 
 
+def _fits(data: np.ndarray, network: str, **_: object) -> None:
+    if network == "unet" and data.shape[1] != 3 * 32 * 32:
+        raise ValueError(f"network=unet is for points of 3,072 coordinates, those have {data.shape[1]}")
+
+
 def _cloud(data: str, seed: int) -> tuple[Tensor, Tensor]:
     points = torch.from_numpy(load_points(data, seed=seed))
     rows = split(len(points), (0.78, 0.22), seed)
@@ -90,6 +95,7 @@ def _noise(flow: RectifiedFlow, n: int, trial: Trial) -> Tensor:
     metric="sliced W2 to held-out data, one Euler step",
     better="lower",
     smallest={"steps": 10, "n_pairs": 100, "n_samples": 50},
+    check=_fits,
 )
 def one_step(
     trial: Trial,
@@ -134,6 +140,7 @@ def one_step(
     metric="largest ratio of costs ||x1 - x0||^p, p in {1, 2, 4}",
     limit=1.0,
     smallest={"steps": 10, "n_samples": 50},
+    check=_fits,
 )
 def transport(
     trial: Trial,
@@ -170,6 +177,7 @@ def transport(
     metric="straightness S / E||Z1 - Z0||^2",
     better="lower",
     smallest={"steps": 10, "n_pairs": 100, "n_samples": 50},
+    check=_fits,
 )
 def straightening(
     trial: Trial,
@@ -201,6 +209,7 @@ def straightening(
     metric="sliced W2 to held-out data, five Euler steps",
     better="lower",
     smallest={"steps": 10, "n_samples": 50},
+    check=_fits,
 )
 def straight_paths(
     trial: Trial,

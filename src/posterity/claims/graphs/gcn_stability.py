@@ -17,7 +17,8 @@ from posterity.graphs import (
     collapse_bound,
     collapse_strong_edges,
 )
-from posterity.lab.data import Images, load_images
+from posterity.lab.data import ImageData, Images, load_images
+from posterity.lab.data.needs import require_rest
 from posterity.lab.nets import weights
 from posterity.lab.training import fit
 
@@ -84,6 +85,14 @@ class _Plain(nn.Module):
         return self.readout(mean)
 
 
+def _fits(data: ImageData, n_train: int, n_test: int, **_: object) -> None:
+    require_rest(len(data.y), "n_train", n_train, n_test, "images")
+    if min(data.x.shape[2:]) < 2:
+        raise ValueError(
+            f"images must have 2 x 2 pixels or more, are of {data.x.shape[2]} x {data.x.shape[3]}"
+        )
+
+
 @comparison(
     paper="gcn-stability",
     says="Trained at one resolution, a network of resolvent filters works at another; a GCN does not.",
@@ -92,6 +101,7 @@ class _Plain(nn.Module):
     metric="accuracy on coarse graphs after training on fine ones",
     better="higher",
     smallest={"n_train": 100, "n_test": 100, "epochs": 2},
+    check=_fits,
 )
 def resolutions(
     trial: Trial,
@@ -113,8 +123,6 @@ def resolutions(
     """
     images = load_images(data)
     order = np.random.default_rng(trial.seed).permutation(len(images.x))
-    if n_train + n_test > len(order):
-        raise ValueError(f"n_train + n_test must be at most {len(order)} images, got {n_train + n_test}")
     rows = torch.from_numpy(order[: n_train + n_test])
     pixels = torch.from_numpy(images.x).mean(1)[rows]
     height, width = (side - side % 2 for side in pixels.shape[1:])

@@ -106,7 +106,8 @@ def _polygcl(
 def _accuracies(graph: GraphData, hidden: int, epochs: int, patience: int, seed: int) -> dict[str, float]:
     """Return the probe's test accuracy on either embedding and on the features alone."""
     x, edges, y = _unit(graph.x), graph.edge_index, graph.y.numpy()
-    train, val, test = split(len(y), (0.6, 0.2, 0.2), seed)
+    known = np.flatnonzero(y >= 0)
+    train, val, test = (known[part] for part in split(len(known), (0.6, 0.2, 0.2), seed))
     settings = (x, edges, hidden, epochs, patience, seed)
     model = _polygcl(*settings, **OPTIONS)
     embeddings = {"features": x, "dgi": _infomax(*settings), "polygcl": model.embed(x, edges)}

@@ -7,7 +7,6 @@ import pandas as pd
 from numpy import ndarray
 from sklearn.metrics import log_loss
 
-from posterity._checks import integer
 from posterity.claims import Between, Count, Positive, Trial, comparison
 from posterity.lab.data import Table, load_table, split, table_encoder
 from posterity.lab.tasks import entry
@@ -100,7 +99,7 @@ def generalises(
     n_noise: Annotated[int, Between(0)] = 40,
     max_epochs: Count = 100,
     lr: Positive = 1e-3,
-    n_rows: Count = 1_000,
+    n_rows: Annotated[int, Between(10)] = 1_000,
     n_splits: Count = 3,
 ) -> dict[str, float]:
     """Train one network with early stopping only, with weight decay and with TANGOS.
@@ -115,7 +114,6 @@ def generalises(
     test rows: strong specialisation leaves all units on the few columns that count, so that
     their overlap can rise while their size falls.
     """
-    integer("n_splits", n_splits, 1)
     off = {"lr": lr, "lambda_spec": 0.0, "lambda_orth": 0.0}
     losses = []
     for number in range(n_splits):
@@ -148,7 +146,7 @@ def adds_to_dropout(
     n_noise: Annotated[int, Between(0)] = 40,
     max_epochs: Count = 100,
     lr: Positive = 1e-3,
-    n_rows: Count = 1_000,
+    n_rows: Annotated[int, Between(10)] = 1_000,
     n_splits: Count = 5,
 ) -> dict[str, float]:
     """Train with dropout, its rate one of three by validation loss, and with TANGOS added to that.
@@ -157,7 +155,6 @@ def adds_to_dropout(
     is smaller than that over no regularisation, so that a trial is the mean over more splits.
     All else is as in ``generalises``.
     """
-    integer("n_splits", n_splits, 1)
     off = {"lr": lr, "lambda_spec": 0.0, "lambda_orth": 0.0}
     losses = []
     for number in range(n_splits):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from posterity.claims import Between, Count, Trial, comparison
 from posterity.lab import nets, training
 from posterity.lab.data import Series, SeriesData, dataset, load_series
+from posterity.lab.data.needs import require_rows
 from posterity.lab.tasks import HISTORY, HORIZON, entry
 from posterity.timeseries import TimesNet, TimesNetForecaster, TimesNetImputer
 
@@ -44,17 +45,33 @@ def two_rhythms(seed: int) -> SeriesData:
 def _parts(data: str, seed: int) -> tuple[ndarray, ndarray]:
     """Return the first 60 % and the last 20 % of time, standardised by the first."""
     values = load_series(data, seed=seed).values
-    values = values[:14_400] if data == "etth1" else values  # twenty months, as the paper splits them
-    train, test = values[: round(0.6 * len(values))], values[round(0.8 * len(values)) :]
+    train, test = _cut(
+        values[:14_400] if data == "etth1" else values
+    )  # twenty months, as the paper splits them
     mean, scale = np.nanmean(train, axis=0), np.nanstd(train, axis=0)
     scale[scale == 0] = 1.0
     return (train - mean) / scale, (test - mean) / scale
 
 
+def _cut(values: ndarray) -> tuple[ndarray, ndarray]:
+    return values[: round(0.6 * len(values))], values[round(0.8 * len(values)) :]
+
+
+def _fits(data: SeriesData, seq_len: int, horizon: int = 0, **_: Any) -> None:
+    """Refuse a series whose parts hold no window, or in which a column was not observed."""
+    length = seq_len + horizon
+    require_rows(len(data.values), f"rows (windows of {length} in the last fifth)", 5 * length)
+    train, test = (np.isfinite(part).sum(0) for part in _cut(data.values))
+    for column, seen, later in zip(data.columns, train, test, strict=True):
+        if seen < 2 or later < 1:
+            raise ValueError(
+                f"column {column!r} must be observed in the first three fifths and in the last fifth of "
+                f"time, has {seen} and {later} values there"
+            )
+
+
 def _windows(series: ndarray, length: int, stride: int = 1) -> tuple[Tensor, Tensor]:
     """Return windows (n, length, c), 0 where missing, and where they are observed."""
-    if len(series) < length:
-        raise ValueError(f"data must have {length} rows in each part, got {len(series)}")
     view = np.lib.stride_tricks.sliding_window_view(series, length, axis=0)[::stride].swapaxes(1, 2)
     windows = torch.as_tensor(view.astype(np.float32))
     return windows.nan_to_num(), ~windows.isnan()
@@ -98,6 +115,7 @@ def _apply(net: nn.Module, trial: Trial, x: Tensor, **inputs: Tensor) -> Tensor:
     metric="mean squared error of hidden entries, standardised",
     better="lower",
     smallest={"steps": 2, "seq_len": 48, "n_kernels": 2},
+    check=_fits,
 )
 def imputation(
     trial: Trial,
@@ -155,6 +173,7 @@ def _interpolate(x: Tensor, known: Tensor) -> Tensor:
     metric="mean squared error of the forecast, standardised",
     better="lower",
     smallest={"steps": 2, "seq_len": 48, "n_kernels": 2},
+    check=_fits,
 )
 def forecasting(
     trial: Trial,
@@ -197,12 +216,13 @@ def forecasting(
     metric="area under the ROC curve of spiked steps",
     better="higher",
     smallest={"steps": 2, "seq_len": 48, "n_kernels": 2},
+    check=_fits,
 )
 def detection(
     trial: Trial,
     data: Series = "two-rhythms",
     spike: Annotated[float, Between(0)] = 1.5,
-    share: Annotated[float, Between(0, 1, above=True)] = 0.02,
+    share: Annotated[float, Between(0, 0.5, above=True)] = 0.02,
     steps: Count = 300,
     seq_len: Annotated[int, Between(2)] = 96,
     n_kernels: Count = 3,
@@ -224,6 +244,9 @@ def detection(
     arms = _train(trial, "detect", shape, loss, _windows(train, seq_len), batch_size, steps, n_kernels)
     rng = np.random.default_rng(trial.seed)
     spiked = rng.random(len(test)) < share
+    used = len(test) // seq_len * seq_len  # of a short series, where one spike at least must be seen
+    if not spiked[:used].any():
+        spiked[rng.integers(used)] = True
     test = test.copy()
     test[spiked, rng.integers(test.shape[1], size=spiked.sum())] += spike * rng.choice([-1, 1], spiked.sum())
     x, observed = _windows(test, seq_len, seq_len)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posterity.claims import Between, Count, Trial, comparison, trend
-from posterity.lab.data import Table, load_table, split, table_encoder
+from posterity.lab.data import Table, TableData, load_table, split, table_encoder
+from posterity.lab.data.needs import require_classes
 from posterity.lab.nets import mlp
 from posterity.lab.timing import relative_growth
 from posterity.lab.training import fit
@@ -28,6 +29,27 @@ def _groups(column: pd.Series, name: str) -> ndarray:
     if len(names) < 2:
         raise ValueError(f"group {name!r} must have at least two values, got {names.tolist()}")
     return codes
+
+
+def _halves(table: TableData, group: str) -> tuple[ndarray, ndarray]:
+    """Return who is above the median, or in the second class, and the group of each row."""
+    if group not in table.X:
+        raise ValueError(f"group must be one of {', '.join(map(str, table.X))}, got {group!r}")
+    if table.classes and len(table.classes) != 2:
+        raise ValueError(f"target must have two classes, got {', '.join(table.classes[:5])}")
+    return table.y if table.classes else table.y > np.median(table.y), _groups(table.X[group], group)
+
+
+def _fits(data: TableData, group: str, **_: object) -> None:
+    """Refuse a target that is on one side of its median, and groups that cannot be cut in halves."""
+    y, groups = _halves(data, group)
+    require_classes(
+        y.astype(int), ("at most the median", "above it") if not data.classes else data.classes, "rows"
+    )
+    if (counts := np.bincount(groups)).min() < 2:
+        raise ValueError(
+            f"each value of group {group!r} needs 2 rows or more, the {len(counts)} have {counts.min()} at least"
+        )
 
 
 def _pairwise(scores: Tensor, groups: Tensor, n_bins: int) -> Tensor:
@@ -49,6 +71,7 @@ def _pairwise(scores: Tensor, groups: Tensor, n_bins: int) -> Tensor:
     metric="largest less smallest mean test probability of a group",
     better="lower",
     smallest={"steps": 20},
+    check=_fits,
 )
 def fair_scores(
     trial: Trial,
@@ -68,12 +91,7 @@ def fair_scores(
     their median.
     """
     table = load_table(data, target=target, seed=trial.seed)
-    if group not in table.X:
-        raise ValueError(f"{data}: group must be one of {', '.join(map(str, table.X))}, got {group!r}")
-    if table.classes and len(table.classes) != 2:
-        raise ValueError(f"{data}: target must have two classes, got {', '.join(table.classes)}")
-    y = table.y if table.classes else table.y > np.median(table.y)
-    groups = _groups(table.X[group], group)
+    y, groups = _halves(table, group)
     train, test = split(len(y), (0.5, 0.5), trial.seed, stratify=groups)
     encoder = table_encoder().fit(table.X.iloc[train])
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity._checks import integer
 from posterity.claims import Between, Count, Trial, comparison
-from posterity.lab.data import Images, load_images, split
+from posterity.lab.data import ImageData, Images, load_images, split
+from posterity.lab.data.needs import require_classes, require_rest
 from posterity.lab.nets import cnn, mlp, weights
 from posterity.lab.tasks import entry, image_epochs
 from posterity.lab.training import fit
@@ -89,15 +89,21 @@ def _criterion(arm: str, rows: tuple[Tensor, Tensor], n_classes: int, device: st
     return loss
 
 
+def _fits(data: ImageData, n_known: int, k: int = 1, **_: Any) -> None:
+    """Refuse what leaves no class unknown, or fewer training images than neighbours."""
+    if n_known >= len(data.classes):
+        raise ValueError(f"n_known must be less than the {len(data.classes)} classes, got {n_known}")
+    fewest = np.sort(np.bincount(data.y))[:n_known]
+    require_rest(int(fewest.sum()), "k", k, -(-int(fewest.sum()) // 4), "images of the smallest classes")
+    require_classes(data.y, data.classes, "images", n_known + 1)
+
+
 def _study(
     trial: Trial, arms: tuple[str, ...], data: str, n_known: int, epochs: int
 ) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
     """Return, for each arm, its trained network and the tensors: x, y, x_test, x_ood."""
     images = load_images(data)
     n_classes = len(images.classes)
-    if not 2 <= integer("n_known", n_known) < n_classes:
-        raise ValueError(f"n_known must be in 2..{n_classes - 1} for {data}, got {n_known}")
-    integer("epochs", epochs, 1)
     known = np.random.default_rng(trial.seed).permutation(n_classes)[:n_known]
     code = np.full(n_classes, -1)
     code[known] = np.arange(n_known)
@@ -134,6 +140,7 @@ def _geometry(net: nn.Module, parts: dict[str, Tensor]) -> dict[str, float]:
     metric="mean angle between class means of training embeddings, degrees",
     better="higher",
     smallest={"epochs": 1, "n_known": 2},
+    check=_fits,
 )
 def dispersion(
     trial: Trial, data: Images = "digits", n_known: Annotated[int, Between(2)] = 6, epochs: Count = 60
@@ -164,6 +171,7 @@ def dispersion(
     better="lower",
     reason="Ten easy classes of 8 x 8 pixels collapse, and unknown digits collapse with them: it belongs to natural images.",
     smallest={"epochs": 1, "n_known": 2},
+    check=_fits,
 )
 def detection(
     trial: Trial,

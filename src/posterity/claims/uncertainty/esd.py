@@ -11,16 +11,25 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from posterity.claims import Between, Count, Share, Trial, bound, comparison
 from posterity.lab import metrics, nets, training
-from posterity.lab.data import Images, load_images, split
+from posterity.lab.data import ImageData, Images, load_images, split
+from posterity.lab.data.needs import require_rest
 from posterity.lab.tasks import entry, image_epochs
 from posterity.uncertainty import ESDLoss, MMCELoss, SBECELoss, expected_squared_difference
+
+CHOOSE = 100  # images kept apart, as the paper keeps some to choose by
+
+
+def _fits(data: ImageData, n_train: int, **_: Any) -> None:
+    if n_train < 30:  # of whose tenth the estimate needs three
+        raise ValueError(f"n_train must be at least 30, got {n_train}")
+    require_rest(len(data.y), "n_train", n_train, CHOOSE + 1, "images")
 
 
 def _images(data: str, n_train: int, noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return noisy, standardised images and labels: training part, test part."""
     images = load_images(data)
     n = len(images.y)
-    train, test = split(n, (n_train / n, 1 - (n_train + 100) / n), seed)
+    train, test = split(n, (n_train / n, 1 - (n_train + CHOOSE) / n), seed)
     x = images.x + noise * np.random.default_rng(seed).standard_normal(images.x.shape, dtype=np.float32)
     x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
     x, y = torch.from_numpy(x).float(), torch.from_numpy(images.y)
@@ -34,7 +43,8 @@ def _train(
     rows = len(x) if penalty is None else round(0.9 * len(x))
     held_out = DataLoader(
         TensorDataset(x[rows:], y[rows:]) if penalty is not None else TensorDataset(x, y),
-        batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(trial.seed), drop_last=penalty is not None,
+        batch_size=min(64, len(x) - rows) or 64, shuffle=True, generator=torch.Generator().manual_seed(trial.seed),
+        drop_last=penalty is not None,
     )  # fmt: skip
     batches = iter(held_out)
 
@@ -64,6 +74,7 @@ def _train(
     metric="expected calibration error on test images, 15 bins",
     better="lower",
     smallest={"epochs": 3},
+    check=_fits,
 )
 def calibration(
     trial: Trial,
@@ -90,7 +101,9 @@ def calibration(
         arms |= {"NLL + MMCE": (MMCELoss(bandwidth=0.2), 3.0), "NLL + SB-ECE": (SBECELoss(), 2.0)}
     error = {}
     for arm, (penalty, strength) in arms.items():
-        net = nets.mlp(x[0].numel(), int(y.max()) + 1, width=256, depth=2, seed=trial.seed)
+        net = nets.mlp(
+            x[0].numel(), int(torch.cat([y, y_test]).max()) + 1, width=256, depth=2, seed=trial.seed
+        )
         _train(net, x, y, penalty, strength, epochs, trial)
         with torch.no_grad():
             logits = net.cpu()(x_test)
@@ -113,7 +126,8 @@ def calibrated(train: Any, seed: int) -> Any:
         if one_pixel
         else nets.cnn(x.shape[1], n_classes, seed=seed)
     )
-    rows, held_out = split(len(y), (0.9, 0.1), seed, stratify=train[1])
+    share = max(0.1, 3 / len(y))  # the estimate needs three
+    rows, held_out = split(len(y), (1 - share, share), seed, stratify=train[1])
     penalty, rng = ESDLoss(), torch.Generator().manual_seed(seed)
 
     def loss(net: nn.Module, x_batch: Tensor, y_batch: Tensor) -> Tensor:

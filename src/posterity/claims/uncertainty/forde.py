@@ -15,6 +15,7 @@ from posterity._checks import one_of
 from posterity.claims import Between, Count, Trial, comparison
 from posterity.lab import metrics, nets, training
 from posterity.lab.data import Images, load_images, split
+from posterity.lab.data.needs import require_rest
 from posterity.uncertainty import FoRDELoss, RepulsiveEnsemble, fit_input_components
 
 NESTEROV = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)
@@ -25,7 +26,7 @@ def _corruptions(x: ndarray, seed: int) -> dict[str, ndarray]:
     rng = np.random.default_rng(seed)
     unit = x.shape[3] / 8
     shifted = np.zeros_like(x)
-    step = round(unit)
+    step = max(1, round(unit))
     shifted[..., step:] = x[..., :-step]
     faults = {
         "rotation": ndimage.rotate(x, 30, axes=(2, 3), reshape=False, order=1),
@@ -62,6 +63,7 @@ def _nll(probabilities: Tensor, y: Tensor) -> Tensor:
     metric="negative log likelihood on test images, mean over five corruptions",
     better="lower",
     smallest={"epochs": 2},
+    check=lambda data, n_train, **_: require_rest(len(data.y), "n_train", n_train, 1, "images"),
 )
 def corruption(
     trial: Trial,

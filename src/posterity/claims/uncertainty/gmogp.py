@@ -10,9 +10,10 @@ from numpy import ndarray
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from posterity._checks import integer, needs
+from posterity._checks import needs
 from posterity.claims import Between, Count, Trial, comparison
 from posterity.lab.data import Series, SeriesData, dataset, load_series
+from posterity.lab.data.needs import require_rows
 from posterity.uncertainty import GMOGPRegressor
 
 LR, DECAY = 0.08, 5e-4  # of all arms, with the rate times 0.9 after every 100 steps
@@ -45,13 +46,20 @@ def five_digits(seed: int) -> SeriesData:
     return SeriesData(values, ("row", "column", *(f"image {k}" for k in chosen)))
 
 
+def _fits(data: SeriesData, n_inputs: int, **_: Any) -> None:
+    whole = int(np.isfinite(data.values).all(1).sum())
+    require_rows(whole, "rows with all values", 8)
+    if data.values.shape[1] <= n_inputs:
+        raise ValueError(
+            f"n_inputs must leave one of the {data.values.shape[1]} columns to predict, got {n_inputs}"
+        )
+
+
 def _window(data: str, window: int, n_inputs: int, seed: int) -> tuple[ndarray, ndarray, ndarray, ndarray]:
     """Return inputs and outputs of a random half of a window, then of the other half."""
     values = load_series(data, seed=seed).values
     values = values[np.isfinite(values).all(1)]
     rng, n = np.random.default_rng(seed), min(window, len(values))
-    if n < 8 or values.shape[1] < n_inputs + 1:
-        raise ValueError(f"data must have 8 rows and an output beside {n_inputs} inputs, got {values.shape}")
     if n_inputs:
         rows = rng.permutation(len(values))[:n]
         x, y = values[rows, :n_inputs], values[rows, n_inputs:]
@@ -153,6 +161,7 @@ def _gpytorch(
     metric="root mean squared error, mean over outputs, in training deviations",
     better="lower",
     smallest={"steps": 3, "window": 40, "n_draws": 1},
+    check=_fits,
 )
 def sharing(
     trial: Trial,
@@ -183,7 +192,7 @@ def sharing(
     }
     errors: dict[str, list[float]] = {arm: [] for arm in arms}
     spent, densities = dict.fromkeys(arms, 0.0), dict.fromkeys(arms, 0.0)
-    for draw in range(integer("n_draws", n_draws, 1)):
+    for draw in range(n_draws):
         x, y, new, truth = _window(data, window, n_inputs, n_draws * trial.seed + draw)
         _separate(x, y, new, 1, trial)  # what a process does once is nobody's seconds
         for arm, predict in arms.items():

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,13 @@ from torch.nn import functional as F
 
 from posterity.claims import Between, Count, Trial, bound, comparison
 from posterity.lab import nets, training
-from posterity.lab.data import Images, load_images, split
+from posterity.lab.data import ImageData, Images, load_images, split
+from posterity.lab.data.needs import require_rest
 from posterity.uncertainty import SampledLaplace
+
+
+def _fits(data: ImageData, n_train: int, **_: object) -> None:
+    require_rest(len(data.y), "n_train", n_train, 1, "images")
 
 
 def _trained(
@@ -25,10 +30,8 @@ def _trained(
     x, y = torch.from_numpy(images.x).to(trial.device), torch.from_numpy(images.y).to(trial.device)
     if net == "mlp":
         model = nets.mlp(x[0].numel(), n_classes, width=width, depth=1, act=nn.Tanh, seed=trial.seed)
-    elif net == "cnn":
-        model = nets.cnn(x.shape[1], n_classes, width=width, seed=trial.seed)
     else:
-        raise ValueError(f"net must be 'mlp' or 'cnn', got {net!r}")
+        model = nets.cnn(x.shape[1], n_classes, width=width, seed=trial.seed)
     training.fit(
         model, lambda net, x, y: F.cross_entropy(net(x), y), (x[rows], y[rows]), steps=steps, batch_size=n_train,
         lr=1e-2, weight_decay=1e-4, seed=trial.seed, device=trial.device,
@@ -93,9 +96,10 @@ def _mode(jac: Tensor, y: Tensor, lam: float, start: Tensor) -> Tensor:
     metric="larger of the effective dimension's relative error over 0.15 and the precision's log error over 0.2",
     limit=1.0,
     smallest={"width": 2, "n_train": 60, "steps": 10, "n_samples": 4, "n_em_steps": 2},
+    check=_fits,
 )
 def exact_algebra(
-    trial: Trial, data: Images = "digits", net: str = "mlp", width: Count = 32, n_train: Count = 500, steps: Count = 300,
+    trial: Trial, data: Images = "digits", net: Literal["mlp", "cnn"] = "mlp", width: Count = 32, n_train: Count = 500, steps: Count = 300,
     n_samples: Count = 16, n_em_steps: Count = 6,
 ) -> float:  # fmt: skip
     """Run EM by draws and by the whole matrix, in float64, on the same trained network.
@@ -133,9 +137,10 @@ def _rotated(x: Tensor, degrees: float) -> Tensor:
     metric="negative log-likelihood of rotated test images",
     better="lower",
     smallest={"width": 1, "n_train": 1_700, "steps": 5, "n_samples": 2, "n_em_steps": 1},
+    check=_fits,
 )
 def away_from_the_data(
-    trial: Trial, data: Images = "digits", net: str = "mlp", width: Count = 32, n_train: Count = 500, steps: Count = 300,
+    trial: Trial, data: Images = "digits", net: Literal["mlp", "cnn"] = "mlp", width: Count = 32, n_train: Count = 500, steps: Count = 300,
     degrees: Annotated[float, Between(-360, 360)] = 45.0, n_samples: Count = 16, n_em_steps: Count = 6,
 ) -> dict[str, float]:  # fmt: skip
     """Predict test images turned by 45 degrees with a trained network, bare and with error bars.

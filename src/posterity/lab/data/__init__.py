@@ -6,8 +6,9 @@ sets are files that pooch checks by SHA-256, taken from the folder ``POSTERITY_D
 when they are there.
 
 Each kind has a file, named as the kind: the annotation (``Graph``), its loader
-(``load_graph``), the sets that it makes or that ship, and how its files are read
-(``read_graph``). Options of reading stand behind the file: ``houses.csv?header=no``.
+(``load_graph``), the sets that it makes or that ship, how its files are read
+(``read_graph``), and what every run needs of them, if reading does not say it (``require_graph``).
+Options of reading stand behind the file: ``houses.csv?header=no``.
 """
 
 import os
@@ -287,7 +288,7 @@ def fetch(name: str) -> list[Path]:
     return paths
 
 
-def check(annotation: Any, spec: str, **options: Any) -> str:
+def check(annotation: Any, spec: str, needs: Callable[[Any], None] | None = None, **options: Any) -> str:
     """Load data once, so that whatever is wrong with it is said before any work.
 
     Parameters
@@ -295,6 +296,8 @@ def check(annotation: Any, spec: str, **options: Any) -> str:
     annotation : annotation
     spec : str
         Name or file.
+    needs : callable, optional
+        Raises ``ValueError`` for data, as its kind's loader gives it, that will not do here.
     **options
         What the kind's loader takes, such as ``target``.
 
@@ -302,12 +305,24 @@ def check(annotation: Any, spec: str, **options: Any) -> str:
     -------
     str
         One line that says what was read and what was done to it; empty for a generator.
+
+    Raises
+    ------
+    ValueError
+        For data that cannot be read, with which nothing of its kind can be done, or that
+        ``needs`` refuses; the message names it.
     """
     kind = kind_of(annotation)
-    found = resolve(annotation, spec)
-    if callable(found) and not options.get("target"):
+    made = callable(resolve(annotation, spec))
+    if made and not options.get("target") and needs is None:
         return ""
     loaded = getattr(_module(kind), f"load_{kind.name}")(spec, **options)
+    try:
+        for refuse in (None if made else getattr(_module(kind), f"require_{kind.name}", None), needs):
+            if refuse is not None:
+                refuse(loaded)
+    except ValueError as error:
+        raise ValueError(f"{spec if made else Path(_apart(spec)[0]).name}: {error}") from error
     return getattr(loaded, "note", "")
 
 

@@ -172,6 +172,8 @@ def read_functions(source: Source, *, held_out_by: int) -> FunctionData:
     x_seen, y_seen = (np.concatenate([many[k][part] for k in train]) for part in (0, 1))
     low, high = x_seen.min(0), x_seen.max(0)
     middle, half = (low + high) / 2, np.where(high > low, (high - low) / 2, 1)
+    if (low == high).all() or (np.ptp(y_seen, axis=0) == 0).all():
+        raise ValueError(f"{path.name}: all {'inputs' if (low == high).all() else 'outputs'} are the same")
     scale = np.where(y_seen.std(0) > 0, y_seen.std(0), 1)
     scaled = [((x - middle) / half, (y - y_seen.mean(0)) / scale) for x, y in many]
     return _finite(scaled, train, test, "; ".join([note, *done, "x scaled to [-1, 1], y standardised"]))

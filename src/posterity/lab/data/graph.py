@@ -15,6 +15,7 @@ from torch import Tensor
 
 from posterity.lab.data import Kind, Source, dataset, load
 from posterity.lab.data._arrays import load_arrays
+from posterity.lab.data.needs import require_classes, require_rows
 
 __all__ = ["Graph", "GraphData", "load_graph"]
 
@@ -70,6 +71,23 @@ def load_graph(data: str, *, seed: int = 0) -> GraphData:
     GraphData
     """
     return load(Graph, data, seed=seed)
+
+
+def require_graph(graph: GraphData) -> None:
+    """Refuse a graph from which nothing can be learned, or whose splits cannot tell classes apart."""
+    if not (graph.edge_index[0] != graph.edge_index[1]).any():
+        raise ValueError("no edge joins two nodes")
+    known = graph.y[graph.y >= 0].numpy()
+    require_rows(len(known), "nodes with a label")
+    n_classes = int(known.max()) + 1
+    require_classes(known, [f"class {k}" for k in range(n_classes)], "nodes")
+    for part in ("train", "val", "test"):
+        for k, mask in enumerate(getattr(graph, part)):
+            # of two classes the curve of a part needs both
+            if len(graph.y[mask].unique()) < (2 if n_classes == 2 or part == "train" else 1):
+                raise ValueError(
+                    f"the nodes of {part}_masks, split {k}, have {len(graph.y[mask].unique())} class"
+                )
 
 
 def read_graph(source: Source) -> GraphData:
@@ -128,6 +146,8 @@ def _arrays(path: Path, directed: bool) -> GraphData:
         raise ValueError(f"{name}: edges name nodes outside 0..{len(x) - 1}")
     if x.dtype.kind not in "iufb":
         raise ValueError(f"{name}: node_features must be numbers, got {x.dtype}")
+    with np.errstate(over="ignore"):  # what is beyond float32 is infinite, and refused
+        x = x.astype(np.float32)
     if not np.isfinite(x).all():
         raise ValueError(
             f"{name}: node_features has NaN or infinity in row {np.argwhere(~np.isfinite(x))[0][0]}"

@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 from posterity._checks import needs
 from posterity.lab.data import Kind, Source, dataset, load
 from posterity.lab.data._arrays import load_arrays
+from posterity.lab.data.needs import require_classes, require_rows
 
 __all__ = ["ImageData", "Images", "load_images"]
 
@@ -58,6 +59,14 @@ def read_images(source: Source) -> ImageData:
     source.option({})
     (path,) = source.paths
     return _folder(path) if path.is_dir() else image_arrays(path.name, load_arrays(path))
+
+
+def require_images(images: ImageData) -> None:
+    """Refuse images from which nothing can be learned."""
+    require_rows(len(images.y), "images")
+    require_classes(images.y, images.classes, "images")
+    if (images.x == images.x[0]).all():
+        raise ValueError("all images are the same")
 
 
 def image_arrays(name: str, arrays: dict[str, ndarray]) -> ImageData:

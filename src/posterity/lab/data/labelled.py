@@ -8,13 +8,14 @@ from numpy import ndarray
 from posterity.lab.data import Kind, Source, dataset, kind_of, load, names
 from posterity.lab.data._arrays import load_arrays
 from posterity.lab.data.images import ImageData, Images, image_arrays, load_images, read_images
+from posterity.lab.data.needs import require_classes, require_rows
 
 __all__ = ["Labelled", "load_labelled"]
 
 Labelled = Annotated[str, Kind("labelled", (".npz",), folder=True)]
 
 
-def load_labelled(data: str, *, min_classes: int = 2) -> ImageData:
+def load_labelled(data: str) -> ImageData:
     """Return images of a name or file, or features as images of a single pixel.
 
     Parameters
@@ -22,18 +23,13 @@ def load_labelled(data: str, *, min_classes: int = 2) -> ImageData:
     data : str
         What `posterity.lab.data.images.load_images` takes; or an ``.npz`` with ``x`` of shape
         (n, d), features of any value, and ``y``.
-    min_classes : int, default=2
-        Fewer are refused.
 
     Returns
     -------
     ImageData
         Features are channels: ``x`` of shape (n, d, 1, 1).
     """
-    loaded = load(Labelled, data)
-    if len(loaded.classes) < min_classes:
-        raise ValueError(f"{data}: {min_classes} classes are needed here, has {len(loaded.classes)}")
-    return loaded
+    return load(Labelled, data)
 
 
 def read_labelled(source: Source) -> ImageData:
@@ -48,9 +44,21 @@ def read_labelled(source: Source) -> ImageData:
     return image_arrays(path.name, arrays)
 
 
+def require_labelled(data: ImageData) -> None:
+    """Refuse inputs from which nothing can be learned."""
+    require_rows(len(data.y), "inputs")
+    require_classes(data.y, data.classes, "inputs")
+    if (data.x == data.x[0]).all():
+        raise ValueError("all inputs are the same")
+
+
 def _features(name: str, x: ndarray, y: ndarray) -> ImageData:
     if len(x) != len(y):
         raise ValueError(f"{name}: x must have a label a row, got {len(x)} rows and {len(y)} labels")
+    if not x.size:
+        raise ValueError(f"{name}: x holds nothing, it is {x.shape}")
+    with np.errstate(over="ignore"):  # what is beyond float32 is infinite, and refused
+        x = x.astype(np.float32) if x.dtype.kind == "f" else x
     for label, each in (("x", x), ("y", y)):
         if (each.dtype.kind in "fc" and not np.isfinite(each).all()) or (
             label == "x" and each.dtype.kind not in "iuf"

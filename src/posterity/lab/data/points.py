@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits, make_moons, make_swiss_roll
 
 from posterity.lab.data import Kind, Source, dataset, load
 from posterity.lab.data.frames import READING, read_frame
+from posterity.lab.data.needs import require_rows
 
 __all__ = ["Points", "load_points"]
 
@@ -46,12 +47,20 @@ def read_points(source: Source) -> ndarray:
         if text := [str(name) for name in frame if frame[name].dtype.kind not in "iufb"]:
             raise ValueError(f"{path.name}: points are numbers, column {text[0]!r} is not")
         points = frame.to_numpy(dtype=float)
-    if points.ndim < 2 or len(points) < 2:
+    if points.ndim < 2 or len(points) < 2 or not points.size:
         raise ValueError(f"{path.name}: points must be (n, d) with at least 2 rows, got {points.shape}")
-    points = points.reshape(len(points), -1).astype(np.float32)
+    with np.errstate(over="ignore"):  # what is beyond float32 is infinite, and refused
+        points = points.reshape(len(points), -1).astype(np.float32)
     if bad := np.flatnonzero(~np.isfinite(points).all(1)).tolist():
         raise ValueError(f"{path.name}: row {bad[0] + 1} has a missing or infinite value")
     return points
+
+
+def require_points(points: ndarray) -> None:
+    """Refuse points of which nothing can be said."""
+    require_rows(len(points), "points")
+    if (points == points[0]).all():
+        raise ValueError("all points are the same")
 
 
 @dataset(Points, "two-moons")

@@ -9,6 +9,7 @@ from numpy import ndarray
 
 from posterity.lab.data import Kind, Source, load
 from posterity.lab.data.frames import READING, read_frame
+from posterity.lab.data.needs import require_rows
 
 __all__ = ["Series", "SeriesData", "load_series"]
 
@@ -76,6 +77,14 @@ def read_series(source: Source) -> SeriesData:
     if empty := [str(name) for name, gone in zip(frame, np.isnan(values).all(0), strict=True) if gone]:
         raise ValueError(f"{path.name}: column {empty[0]!r} has no observed value")
     return SeriesData(values, tuple(map(str, frame)), "; ".join([note, *done]))
+
+
+def require_series(series: SeriesData) -> None:
+    """Refuse a series in which nothing happens."""
+    require_rows(len(series.values), "rows (steps of time)")
+    low, high = np.nanmin(series.values, axis=0), np.nanmax(series.values, axis=0)
+    if (low == high).all():
+        raise ValueError("no column of it varies")
 
 
 def _wide(long: pd.DataFrame, name: str) -> pd.DataFrame:

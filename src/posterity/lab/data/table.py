@@ -14,6 +14,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from posterity.lab.data import Kind, Source, dataset, load
 from posterity.lab.data.frames import READING, read_frame
+from posterity.lab.data.needs import require_classes, require_rows
 
 __all__ = ["Table", "TableData", "load_table", "table_encoder"]
 
@@ -96,6 +97,17 @@ def read_table(source: Source, *, target: str | None = None) -> TableData:
     if mark := facts.get("strip"):  # Adult's test part ends its target with a stop
         frame[facts["target"]] = frame[facts["target"]].str.rstrip(mark)
     return _pick(frame, target or facts.get("target"), source.name, parts[0][1])
+
+
+def require_table(table: TableData) -> None:
+    """Refuse a table from which nothing can be learned."""
+    require_rows(len(table.y), "rows with a target")
+    if not table.X.notna().to_numpy().any():
+        raise ValueError("no column beside the target has a value")
+    if table.classes:
+        require_classes(table.y, table.classes, "rows")
+    elif np.ptp(table.y) == 0:
+        raise ValueError(f"the target is always {table.y[0]:g}")
 
 
 def table_encoder() -> Any:

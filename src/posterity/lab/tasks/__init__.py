@@ -38,6 +38,9 @@ class Task:
         Whether a user may say which column is predicted.
     loading : dict
         What the loader of its data is told.
+    needs : callable, optional
+        ``needs(data)`` raises ``ValueError`` for data, as its loader gives it, on which the
+        question cannot be asked.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Task:
     score: Callable[[Callable[..., Any], int, str, str | None], float]
     takes_target: bool = False
     loading: dict[str, Any] = field(default_factory=dict)
+    needs: Callable[[Any], None] | None = None
 
     def options(self, target: str | None) -> dict[str, Any]:
         """Return what the loader of its data is told, the target among it."""

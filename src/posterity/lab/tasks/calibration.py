@@ -43,6 +43,7 @@ def temperature_scaling(train: Any, seed: int) -> Predict:
     rows, held_out = split(len(train[1]), (0.9, 0.1), seed, stratify=train[1])
     net = classifier((train[0][rows], train[1][rows]), seed)
     scores, y = outputs(net, train[0][held_out]), torch.from_numpy(train[1][held_out])
+    scores, y = scores[y < scores.shape[1]], y[y < scores.shape[1]]  # a class of one image may be new
     temperatures = np.geomspace(0.1, 10, 201)
     losses = [float(F.cross_entropy(scores / t, y)) for t in temperatures]
     return _probabilities(net, float(temperatures[int(np.argmin(losses))]))

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import RidgeCV
 
-from posterity.lab.data import Series, load_series
+from posterity.lab.data import Series, SeriesData, load_series
+from posterity.lab.data.needs import require_rows
 from posterity.lab.tasks import Task, entry
 
 __all__ = ["HISTORY", "HORIZON"]
@@ -14,6 +15,11 @@ __all__ = ["HISTORY", "HORIZON"]
 HISTORY, HORIZON = 96, 24  # in steps
 
 Predict = Callable[[Any], Any]
+
+
+def long_enough(data: SeriesData) -> None:
+    """Refuse a series whose last fifth holds no window and what follows it."""
+    require_rows(len(data.values), f"rows ({HISTORY} + {HORIZON} in the last fifth)", 5 * (HISTORY + HORIZON))
 
 
 def series_parts(data: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -25,8 +31,6 @@ def series_parts(data: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
             known[np.clip(np.searchsorted(known, np.arange(len(column)), "right") - 1, 0, None)]
         ]
     cut = round(0.8 * len(values))
-    if len(values) - cut < HISTORY + HORIZON:
-        raise ValueError(f"{data}: needs at least {5 * (HISTORY + HORIZON)} rows, has {len(values)}")
     mean, scale = values[:cut].mean(0), values[:cut].std(0)
     values = (values - mean) / np.where(scale > 0, scale, 1)
     return values[:cut], values[cut:]
@@ -40,7 +44,15 @@ def _score(fit: Callable[..., Any], seed: int, data: str, target: str | None) ->
     return float(np.mean((forecast - windows[:, HISTORY:]) ** 2))
 
 
-TASK = Task("forecasting", Series, "mean squared error, standardised", "lower", "two-rhythms", _score)
+TASK = Task(
+    "forecasting",
+    Series,
+    "mean squared error, standardised",
+    "lower",
+    "two-rhythms",
+    _score,
+    needs=long_enough,
+)
 
 
 @entry("forecasting", "repeat the last day")

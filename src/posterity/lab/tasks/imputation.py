@@ -7,7 +7,7 @@ import numpy as np
 
 from posterity.lab.data import Series
 from posterity.lab.tasks import Task, entry
-from posterity.lab.tasks.forecasting import series_parts
+from posterity.lab.tasks.forecasting import long_enough, series_parts
 
 __all__: list[str] = []
 
@@ -23,7 +23,10 @@ def _score(fit: Callable[..., Any], seed: int, data: str, target: str | None) ->
     return float(np.mean((filled - test)[hidden] ** 2))
 
 
-TASK = Task("imputation", Series, "mean squared error of hidden entries", "lower", "two-rhythms", _score)
+TASK = Task(
+    "imputation", Series, "mean squared error of hidden entries", "lower", "two-rhythms", _score,
+    needs=long_enough,
+)  # fmt: skip
 
 
 @entry("imputation", "linear interpolation")

@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from posterity.lab.data import Labelled, load_labelled, split
+from posterity.lab.data.needs import require_classes
 from posterity.lab.tasks import Task, entry
 from posterity.lab.tasks.image_classification import Predict, classifier, outputs, standardised
 
@@ -19,7 +20,7 @@ SHOWN_AND_HIDDEN = 3  # classes at least, two to be told apart and one to be unk
 
 def _score(fit: Callable[..., Any], seed: int, data: str, target: str | None) -> float:
     """Hide two classes in five from training, and ask which test images are of them."""
-    images = load_labelled(data, min_classes=SHOWN_AND_HIDDEN)
+    images = load_labelled(data)
     n_classes = len(images.classes)
     shown = np.random.default_rng(seed).permutation(n_classes)[: max(2, round(0.6 * n_classes))]
     code = np.full(n_classes, -1)
@@ -35,7 +36,7 @@ def _score(fit: Callable[..., Any], seed: int, data: str, target: str | None) ->
 
 TASK = Task(
     "ood-detection", Labelled, "ROC AUC of hidden classes", "higher", "digits", _score,
-    loading={"min_classes": SHOWN_AND_HIDDEN},
+    needs=lambda data: require_classes(data.y, data.classes, "inputs", SHOWN_AND_HIDDEN),
 )  # fmt: skip
 
 
