@@ -1,8 +1,5 @@
 """The index on the command line: list, search, show."""
 
-import difflib
-import re
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -44,57 +41,15 @@ def list_(
         _print_index(found)
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-def _match(term: str, words: list[str], near: set[str]) -> float:
-    """Return how well a term is found among words: 1 whole, less for a part or a typo."""
-    if term in words:
-        return 1.0
-    if any(w.startswith(term) or (2 * len(w) > len(term) and term.startswith(w)) for w in words):
-        return 0.8
-    if len(term) > 3 and any(term in w for w in words):
-        return 0.6
-    return 0.5 if not near.isdisjoint(words) else 0.0
-
-
-def find(words: Iterable[str]) -> list[Paper]:
-    """Return the papers that match, best first: names and tags count more than summaries."""
-    terms = [term for word in words for term in _words(word)]
-    texts = {
-        paper.slug: [(_words(text), weight) for text, weight in (
-            (paper.slug, 4.0), (" ".join(paper.tags), 3.0), (paper.domain, 2.0), (paper.title, 2.0),
-            (paper.summary + " " + paper.problem, 1.0), (" ".join(paper.exports), 1.0))]
-        for paper in papers().values()
-    }  # fmt: skip
-    known = {word for fields in texts.values() for field, _ in fields for word in field if len(word) > 3}
-    near = {  # a word that somebody wrote is no typo
-        term: set(difflib.get_close_matches(term, known, n=10, cutoff=0.75))
-        if len(term) > 3 and term not in known
-        else set()
-        for term in terms
-    }
-    scored = []
-    for paper in papers().values():
-        each = [
-            max(weight * _match(term, field, near[term]) for field, weight in texts[paper.slug])
-            for term in terms
-        ]
-        if each and min(each) > 0:
-            scored.append((sum(each) + 0.5 * paper.implemented, paper))
-        elif len(each) > 2 and sum(score > 0 for score in each) > len(each) / 2:
-            scored.append((sum(each) / 2, paper))
-    return [paper for _, paper in sorted(scored, key=lambda pair: (-pair[0], pair[1].slug))]
-
-
 @app.command()
 def search(
     words: Annotated[list[str], typer.Argument(help="What you look for: a problem, a method, a name.")],
     as_json: AsJson = False,
 ) -> None:
     """Search the papers by problem, method or name; typos are forgiven."""
-    found = find(words)
+    from posterity.papers.search import find
+
+    found = find(" ".join(words))
     if as_json:
         dump([_index_row(paper) for paper in found])
     elif found:
