@@ -109,6 +109,8 @@ def main() -> None:
             "parity": {**(agreed := compare(paper.slug)), "largest": float(f"{agreed['largest']:.2g}")},
             "claims": claims,
         }
+        if speed := paper.evidence().get("speed"):  # `tools.bench --store` measures it
+            facts["speed"] = speed
         path.write_text(json.dumps(rounded(facts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     front()
 

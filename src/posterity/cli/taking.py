@@ -1,4 +1,4 @@
-"""Taking away: report, citation, the file of a method, and the files of a new paper."""
+"""Taking away: report, site, citation, the file of a method, and the files of a new paper."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,10 +16,10 @@ def report(
         "posterity-report"
     ),
 ) -> None:
-    """Write a page a paper and an index, self-contained HTML, from stored trials."""
+    """Write a page a paper and a gallery of them, self-contained HTML, from stored trials."""
     from posterity.engine.store import Store
     from posterity.engine.verdicts import current
-    from posterity.site.pages import write_report
+    from posterity.site.report import write_report
 
     for slug in slugs or []:
         get(slug)
@@ -28,12 +28,29 @@ def report(
         raise ValueError(
             "nothing to report: no stored trials of the current code; `posterity run SLUG` makes them"
         )
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"-o must be a folder, got the file {out}")
-    index = write_report(kept, out)
+    index = write_report(kept, _folder(out))
     if stale:
         say(f"{stale} stored trials were made by other code and are not shown")
+    say(f"open {index.resolve().as_uri()} in a browser")
     print(index)
+
+
+@app.command()
+def site(
+    out: Annotated[Path, typer.Option("-o", "--output", help="Folder to write to.")] = Path("posterity-site"),
+) -> None:
+    """Write the gallery of all papers, a page a paper and a page a task, from what came with the package."""
+    from posterity.site.gallery import write_site
+
+    index = write_site(_folder(out))
+    say(f"open {index.resolve().as_uri()} in a browser")
+    print(index)
+
+
+def _folder(out: Path) -> Path:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"-o must be a folder, got the file {out}")
+    return out
 
 
 @app.command()
