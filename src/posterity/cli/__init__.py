@@ -10,5 +10,5 @@ from posterity.cli._app import app, main
 
 __all__ = ["app", "main"]
 
-for _group in ("index", "running", "comparing", "taking"):  # as ``--help`` lists them
+for _group in ("index", "running", "comparing", "taking", "serving"):  # as ``--help`` lists them
     import_module(f"posterity.cli.{_group}")

@@ -1,5 +1,6 @@
 """Claims on the command line: run them to verdicts, print the verdicts that are stored."""
 
+import os
 import re
 import shlex
 import sys
@@ -48,6 +49,10 @@ def run(
             help="name=value, a parameter of the claim; data.name=value, an option of reading --data.",
         ),
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="name=a,b,c: one claim over values of a parameter, as a curve."),
+    ] = None,
     on: Annotated[str, typer.Option("--on", help="local, ray, or ray://HOST:PORT.")] = "local",
     workers: Annotated[int | None, typer.Option("--workers", help="Trials at a time.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")] = "cpu",
@@ -68,35 +73,47 @@ def run(
         raise ValueError(f"use --{name} for {name}")
     data = reading(data, given)
 
+    from posterity.cli.sweeping import asked, print_curve, refuse_swept, written
     from posterity.engine.plan import plan_claims
     from posterity.engine.store import Store
     from posterity.engine.verdicts import judge
 
+    if sweep and claim is None:
+        raise ValueError("--sweep needs exactly one paper and --claim")
+    swept, values = asked(sweep, given) if sweep else ("", [])
+    several = [{**given, swept: value} for value in values] or [given]
     plans = []
-    for paper in chosen:
+    for paper, settings_of in ((paper, each) for paper in chosen for each in several):
         found, left = plan_claims(
-            paper, claim=claim, seeds=seeds, first_seed=first_seed, data=data, target=target, settings=given,
-            device=device,
+            paper, claim=claim, seeds=seeds, first_seed=first_seed, data=data, target=target,
+            settings=settings_of, device=device,
         )  # fmt: skip
         plans += found
         if left and not quiet:
             say(f"{paper.slug}: left out {', '.join(left)}, which does not take what is set")
+    if swept:
+        refuse_swept(swept, plans)
     if not quiet:
         for note in dict.fromkeys(plan.note for plan in plans if plan.note):
             say(note)
-    outcomes = run_jobs([job for plan in plans for job in plan.jobs], Store(), on, workers, fresh, quiet)
+    outcomes = run_jobs(
+        [job for plan in plans for job in plan.jobs], Store(), on, workers, fresh, quiet, swept
+    )
     rows = [
         judge(plan.paper.slug, plan.outline, [(job, outcomes[job.key]) for job in plan.jobs])
         for plan in plans
     ]
     if as_json:
         dump(rows)
+    elif swept:
+        print_curve(rows, swept)
     else:
         _print_rows(rows)
     if any(row["verdict"] == "error" for row in rows):
         for row in rows:
             for seed, text in row.get("errors", {}).items():
-                say(f"{row['paper']} {row['claim']} seed {seed}: {text}")
+                at = f" {swept}={written(row['params'][swept])}" if swept else ""
+                say(f"{row['paper']} {row['claim']}{at} seed {seed}: {text}")
         raise typer.Exit(1)
     if strict and any(row["verdict"] != "holds" for row in rows):
         raise typer.Exit(3)
@@ -140,36 +157,50 @@ def check_numbers(seeds: int | None, first_seed: int, workers: int | None, on: s
 
 
 def run_jobs(
-    jobs: list["Job"], store: Any, on: str, workers: int | None, fresh: bool, quiet: bool
+    jobs: list["Job"], store: Any, on: str, workers: int | None, fresh: bool, quiet: bool, swept: str = ""
 ) -> dict[str, "Outcome"]:
-    """Run jobs under a progress display; on Ctrl-C say how to go on."""
+    """Run jobs under a progress display that names the value of a swept parameter; on Ctrl-C say how to go on."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     from posterity.engine.run import execute
 
-    total = len({job.key for job in jobs})
+    waiting = {
+        job.key: _name(job, swept) for job in jobs
+    }  # what is not done, in the order in which it starts
+    total = len(waiting)
     outcomes: dict[str, Outcome] = {}
     stored = 0
     terminal = sys.stderr.isatty() and not quiet
-    from contextlib import nullcontext
-
-    display: Any = nullcontext()
-    if terminal:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        display = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=console(stderr=True), transient=True,
-        )  # fmt: skip
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), console=console(stderr=True), transient=True, disable=not terminal,
+        speed_estimate_period=float("inf"),  # of all trials: one may take longer than rich looks back
+    )  # fmt: skip
+    task = progress.add_task(next(iter(waiting.values())), total=total)
+    progress.advance(task, 0)  # the time left is judged from here, so that what each worker loads counts
+    many = workers or os.cpu_count() or 1  # before each has ended a trial, time left is no more than a guess
     try:
-        with display as progress:
-            task = progress.add_task("trials", total=total) if terminal else None
+        with progress:
             for job, outcome, known in execute(jobs, store, on=on, workers=workers, fresh=fresh):
                 outcomes[job.key] = outcome
                 stored += known
-                if terminal:
-                    progress.update(task, advance=1, description=f"{job.paper} {job.claim}")
-                elif not quiet and not known:
+                del waiting[job.key]
+                if known:  # says nothing of the others' time
+                    progress.reset(task, completed=stored)
+                progress.advance(task, 0 if known else 1)
+                progress.update(task, description=next(iter(waiting.values()), ""))
+                if not terminal and not quiet and not known:
                     said = outcome.error or f"{outcome.seconds:.1f} s"
-                    say(f"[{len(outcomes)}/{total}] {job.paper} {job.claim} seed {job.seed}: {said}")
+                    left = progress.tasks[0].time_remaining if len(outcomes) - stored >= many else None
+                    rest = f", {_about(left)} left" if left else ""
+                    say(f"[{len(outcomes)}/{total}{rest}] {_name(job, swept)} seed {job.seed}: {said}")
     except KeyboardInterrupt:
         words = [word for word in sys.argv[1:] if word != "--fresh"]
         say(
@@ -179,6 +210,21 @@ def run_jobs(
     if stored and not quiet:
         say(f"{stored} of {total} trials were stored and not run again")
     return outcomes
+
+
+def _name(job: "Job", swept: str = "") -> str:
+    """Return what a trial runs, in words: a claim of a paper, or an entry of a comparison."""
+    from posterity.cli.sweeping import written
+
+    at = f" {swept}={written(job.params[swept])}" if swept else ""
+    return f"{job.paper} {job.claim}{at}" if job.paper else f"{job.claim} ({job.params['entry']})"
+
+
+def _about(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return f"about {seconds:.0f} s"
 
 
 STYLES = {"holds": "bold green", "fails": "bold red", "inconclusive": "bold yellow", "error": "bold magenta"}
@@ -215,6 +261,24 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         terminal.print("verdict: ", end="")
         terminal.print(row["verdict"], style=STYLES[row["verdict"]], end="")
         terminal.print(settling(row), style="dim", markup=False)
+    if len({row["paper"] for row in rows}) > 1:
+        terminal.print()
+        terminal.print(_overview(rows))
+
+
+def _overview(rows: list[dict[str, Any]]) -> Any:
+    """Return a line a claim: paper, claim, its effect or value with interval, verdict."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("paper", "claim", "effect or value", "verdict"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        facts = row["effect"] if "effect" in row else row["value"]
+        verdict = Text(row["verdict"], STYLES[row["verdict"]])
+        table.add_row(row["paper"], row["claim"], interval(facts), verdict)
+    return table
 
 
 @app.command()
