@@ -25,6 +25,7 @@ DAY = r"(\d{1,2})[./-](\d{1,2})[./-](\d{4})(?:[ T](\d{1,2}:\d{2}(?::\d{2}(?:\.\d
 ISO = r"\d{4}-\d{1,2}(?:-\d{1,2}(?:[ T]\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?)?(?:Z|[+-]\d{2}:?\d{2})?)?"
 SLASHED = r"\d{4}[/.]\d{1,2}[/.]\d{1,2}(?:[ T]\d{1,2}:\d{2}(?::\d{2})?)?"
 NAMED = ("%d %b %Y", "%d-%b-%Y", "%b %d, %Y", "%d %B %Y", "%B %d, %Y")
+SAMPLE = 1000  # cells that tell whether a column repeats itself
 FEW = 3  # different words among numbers that may be marks of something missing
 
 
@@ -66,7 +67,9 @@ def survey(cells: pd.Series, missing: tuple[str, ...] = ()) -> Column:
     """Return what the cells of a column can be, looking at all of them."""
     cells = cells.str.strip()
     cells = cells.mask(cells.isin([*MISSING, *missing]))
-    known = cells.dropna().drop_duplicates()
+    known = cells.dropna()
+    if known.iloc[:SAMPLE].duplicated().mean() > 0.5:  # else it costs more than it saves
+        known = known.drop_duplicates()
     if known.empty:
         return Column(cells, "empty")
     if known.str.endswith("%").all():
@@ -94,7 +97,7 @@ def survey(cells: pd.Series, missing: tuple[str, ...] = ()) -> Column:
     dates = _date_ways(known)
     if dates:
         return Column(cells, "dates", dates)
-    strays = known[~numeric]
+    strays = known[~numeric].drop_duplicates()
     if len(strays) <= FEW and cells.isin(strays).sum() < 0.5 * cells.notna().sum():
         return Column(cells, "text", strays=tuple(strays))
     return Column(cells, "text")

@@ -10,7 +10,7 @@ import gzip
 import io
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -177,14 +177,7 @@ def _cells(text: str, sep: str, name: str, done: list[str]) -> tuple[pd.DataFram
     Rows of other widths are refused; but a first row may lack the name of a column of row
     names, as R writes it, and a delimiter that ends each row is no column.
     """
-    if sep == r"\s+":
-        rows: Iterable[list[str]] = (line.split() for line in text.splitlines())
-    else:
-        rows = csv.reader(io.StringIO(text), delimiter=sep, skipinitialspace=True)
-    try:
-        widths = np.array([len(row) for row in rows if row])
-    except csv.Error as error:
-        raise ValueError(f"{name}: {error}") from error
+    widths = _widths(text, sep, name)
     width = int(np.bincount(widths).argmax())
     wrong = np.flatnonzero(widths != width)
     nameless = len(widths) > 1 and wrong.tolist() == [0] and widths[0] == width - 1
@@ -200,6 +193,20 @@ def _cells(text: str, sep: str, name: str, done: list[str]) -> tuple[pd.DataFram
         done.append("the delimiter that ends each row left out")
         return cells.drop(columns=last), labels[:-1]
     return cells, (["", *labels[:-1]] if nameless else labels)
+
+
+def _widths(text: str, sep: str, name: str) -> np.ndarray:
+    """Return how many fields each row has that is not empty."""
+    if sep == r"\s+":
+        return np.array([len(line.split()) for line in text.splitlines() if line.strip()])
+    if '"' not in text:  # no field holds the separator
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        return np.array([line.count(sep) + 1 for line in lines if line])
+    try:
+        rows = csv.reader(io.StringIO(text), delimiter=sep, skipinitialspace=True)
+        return np.array([len(row) for row in rows if row])
+    except csv.Error as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _has_header(
