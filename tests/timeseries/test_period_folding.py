@@ -166,6 +166,9 @@ def test_block_and_periods_refuse_what_does_not_fit(as_a_user):
         dominant_periods(x, 7)
     with pytest.raises(ValueError, match=r"x must have shape \(any, any, any\)"):
         dominant_periods(x[0], 1)
+    for empty in (x[:0], x[:, :, :0]):
+        with pytest.raises(ValueError, match="x must hold at least one series, step and channel"):
+            dominant_periods(empty, 1)
     for periods in ("batch", "sample"):
         with pytest.raises(ValueError, match="top_k must be at most half"):
             TimesBlock(3, 3, top_k=7, periods=periods)(x)

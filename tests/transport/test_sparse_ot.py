@@ -486,3 +486,5 @@ def test_projection_refuses_bad_input_by_name(as_a_user, options, message):
 def test_router_refuses_bad_input_by_name(as_a_user, options, message):
     with pytest.raises(ValueError, match=message):
         SparseTransportRouter(**({"dim": 8, "n_experts": 2} | options))(torch.zeros(1, 4, 8))
+    with pytest.raises(ValueError, match="x must hold at least one token, got none"):
+        SparseTransportRouter(8, 2)(torch.zeros(3, 0, 8))

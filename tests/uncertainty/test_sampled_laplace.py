@@ -422,7 +422,7 @@ def test_refuses_calls_out_of_place(as_a_user):
         found.predict_proba(x, link="logit")
     with pytest.raises(ValueError, match=r"y must have shape \(30\)"):
         found.log_likelihood(x, y[:3])
-    with pytest.raises(ValueError, match="predict_proba is for classification"):
+    with pytest.raises(ValueError, match="likelihood must be 'classification' for predict_proba"):
         SampledLaplace(model, "regression", n_em_steps=0).fit(x).predict_proba(x)
 
 

@@ -59,14 +59,14 @@ class Fuzzed:
         self.patience = patience  # seconds of one call
         self.faults, self.right, self.long = {}, 0, 0
 
-    def search(self, *, rounds, examples=50, until=float("inf")):
+    def search(self, *, rounds, examples=10, until=float("inf")):
         """Draw so many examples a round; a fault that is known is passed over, so that others are found."""
         quiet = settings(
             max_examples=examples, database=None, deadline=None, print_blob=False, report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink],
         )  # fmt: skip
         turn = 0
-        while turn < rounds and time.monotonic() < until:
+        while turn < rounds and (turn == 0 or time.monotonic() < until):
             try:
                 seed(turn)(quiet(given(st.data())(self._example)))()
                 turn += 1

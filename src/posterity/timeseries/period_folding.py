@@ -182,6 +182,8 @@ class TimesBlock(nn.Module):
 
 def _spectrum(x: Tensor) -> Tensor:
     """Return the amplitudes (n, T // 2) of frequencies 1, 2, ..., averaged over channels."""
+    if not x.numel():
+        raise ValueError(f"x must hold at least one series, step and channel, got {tuple(x.shape)}")
     return torch.fft.rfft(wide(x), dim=1).abs()[:, 1:].mean(2)  # rfft has no half precision
 
 

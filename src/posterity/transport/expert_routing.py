@@ -140,6 +140,8 @@ class SparseTransportRouter(nn.Module):
         """
         has_shape("x", floating("x", x), (None, None, self.dim), f"dim={self.dim}")
         n_tokens = x.shape[1]
+        if n_tokens == 0:
+            raise ValueError("x must hold at least one token, got none")
         k = self.k or math.ceil(self.capacity_factor * n_tokens / self.n_experts)
         with torch.autocast(x.device.type, enabled=False):  # rounding would send tokens elsewhere
             similarity = F.linear(wide(x), wide(self.gate.weight)).softmax(-1)

@@ -329,7 +329,7 @@ class SampledLaplace:
         """
         one_of("link", link, ("mc", "probit"))
         if self.likelihood == "regression":
-            raise ValueError("predict_proba is for classification: use predict")
+            raise ValueError("likelihood must be 'classification' for predict_proba: use predict")
         f, deviation = self._functions(X)
         if link == "mc":
             return _as(X, (f + deviation).softmax(-1).mean(0))
