@@ -21,7 +21,7 @@ for slug, domain, name in public_names():
 def test_calls_end_in_a_right_shape_or_an_error_that_names_an_argument(as_a_user, slug):
     for domain, name in NAMES[slug]:
         fuzzed = Fuzzed(domain, name, patience=1)
-        fuzzed.search(rounds=1, examples=4)
+        fuzzed.search(rounds=1, examples=3)
         assert not fuzzed.faults, "\n".join(fuzzed.faults.values())
 
 

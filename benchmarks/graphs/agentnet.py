@@ -14,7 +14,7 @@ class Tabled(AgentNet):
     """The same network as the official design has it: all nodes embedded and convolved in each step."""
 
     def forward(self, x, edge_index, batch=None, *, generator=None):
-        graph, position = self._begin(x, edge_index, batch, None, None, generator, None)
+        edge_index, graph, position = self._begin(x, edge_index, batch, None, None, generator, None)
         k, h, n = self.num_agents, self.hidden_channels, len(x)
         n_graphs = len(position) // k
         states, agents = self.encoder(x), self.agents.weight.repeat(n_graphs, 1)

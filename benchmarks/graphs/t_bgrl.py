@@ -47,7 +47,7 @@ def main() -> None:
     def our_step(corrupt: bool = True) -> None:
         views = [_augment(sparse, e, edge, feature, generator) for edge, feature in ((0.8, 0.8), (0.8, 0.1))]
         third = _corrupt(sparse, e, "shuffle-features+random-edges", generator) if corrupt else None
-        ours.loss(*views, third).backward()
+        ours._loss(*views, third).backward()
 
     def their_step() -> None:
         views = [augment_graph(x, e, drop_edge=0.8, drop_feature=f, generator=generator) for f in (0.8, 0.1)]
