@@ -94,7 +94,7 @@ def test_every_tool_and_argument_says_what_it_is_for(assistant):
     tools = {tool.name: tool for tool in assistant.portal.call(assistant.client.list_tools).tools}
     assert {name: list(tool.input_schema["properties"]) for name, tool in tools.items()} == {
         "search": ["words"], "show": ["slug"], "run": ["slug", "claim", "seeds", "data", "target", "settings"],
-        "compare": ["task", "data", "target", "seeds"], "results": ["slug"], "vendor": ["slug"],
+        "compare": ["task", "data", "target", "seeds", "settings"], "results": ["slug"], "vendor": ["slug"],
     }  # fmt: skip
     for tool in tools.values():
         assert len(tool.description) > 60
@@ -178,6 +178,7 @@ def test_compare_ranks_on_a_table_in_the_working_folder(assistant):
         ("run", {"slug": "tangos", "settings": {"data": "/etc/passwd"}}, "must hold parameters of the claim"),
         ("run", {"slug": "tangos", "seeds": 0}, "greater than or equal to 1"),
         ("run", {"slug": "tangos", "settings": {"": 1}}, "--set must be name=value, got '=1'"),
+        ("compare", {"task": "label-noise", "data": "wine", "settings": {"share": 2}}, "share must be at least 0"),
         ("cook", {}, "Unknown tool: cook"),
     ],
 )  # fmt: skip

@@ -57,7 +57,8 @@ def main() -> None:
         if shared:  # what the type says need not be said again
             errors = [e for e in errors if e[0] not in ("PR07", "RT03")]
         thing = resolve(name)
-        if dataclasses.is_dataclass(thing) or hasattr(thing, "_fields"):  # documented as attributes
+        fields = dataclasses.is_dataclass(thing) or hasattr(thing, "_fields")
+        if fields or getattr(thing, "_is_protocol", False):  # documented as attributes, or not called
             errors = [e for e in errors if e[0] not in ("PR01", "PR02", "PR07")]
         found += [f"{name}: {code} {text}" for code, text in errors]
     print("\n".join(found) or "docstrings: nothing to report")

@@ -19,6 +19,7 @@ from posterity.lab.data import (
     Table,
     check,
     fetch,
+    flip_labels,
     kind_of,
     load_graph,
     load_images,
@@ -152,7 +153,7 @@ def test_a_wrong_name_is_refused_with_the_right_ones(kind):
         check(KINDS[kind], "nope")
     own = set(names(kind_of(KINDS[kind])))
     others = {name: other for other in KINDS for name in names(kind_of(KINDS[other])) if name not in own}
-    with pytest.raises(ValueError, match=f"which is ({'|'.join(KINDS)})"):
+    with pytest.raises(ValueError, match=f"which is .*({'|'.join(KINDS)})"):
         check(KINDS[kind], next(iter(others)))
 
 
@@ -291,6 +292,36 @@ def test_a_split_is_disjoint_random_by_seed_and_stratified():
         split(10, (0.9, 0.2), 0)
 
 
+def test_the_share_of_labels_that_are_flipped_is_exact_and_each_becomes_any_other_class():
+    y = np.repeat(np.arange(4, dtype=np.uint8), 3_000)
+    noisy, wrong = flip_labels(y, 0.25, 3)
+    assert wrong.sum() == 3_000 and noisy.dtype == y.dtype
+    np.testing.assert_array_equal(noisy != y, wrong)
+    # of each class a quarter, to each of the three others a twelfth: 250, within 4 deviations
+    counts = np.histogram2d(y[wrong], noisy[wrong], bins=4)[0]
+    assert (np.diag(counts) == 0).all() and (abs(counts[~np.eye(4, dtype=bool)] - 250) < 64).all()
+    np.testing.assert_array_equal(flip_labels(y, 0.25, 3)[0], noisy)
+    assert (flip_labels(y, 0.25, 4)[0] != noisy).any()
+    np.testing.assert_array_equal(flip_labels(y, 0, 0)[0], y)
+    np.testing.assert_array_equal(flip_labels(y[:6_000], 1, 0)[0], 1 - y[:6_000])
+    assert set(flip_labels(y[:100], 1, 0, n_classes=3)[0]) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: flip_labels(np.zeros(3), 0.1, 0), "y must be codes from 0 of shape .* got float64"),
+        (lambda: flip_labels(np.array([0, -1]), 0.1, 0), "y must be codes from 0"),
+        (lambda: flip_labels(np.array([0, 1]), 1.1, 0), r"share must be in \[0, 1\], got 1.1"),
+        (lambda: flip_labels(np.array([0, 0]), 0.1, 0), "n_classes must be at least 2 for y, got 1"),
+        (lambda: flip_labels(np.array([0, 3]), 0.1, 0, n_classes=3), "n_classes must be at least 4 for y, got 3"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_flipped_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 def test_features_are_images_of_a_pixel(tmp_path):
     x, y = np.random.default_rng(0).normal(size=(12, 5)), np.arange(12) % 3
     np.savez(tmp_path / "f.npz", x=x, y=y)
@@ -305,3 +336,19 @@ def test_features_are_images_of_a_pixel(tmp_path):
     with pytest.raises(ValueError, match="got 12 rows and 5 labels"):
         load_labelled(str(tmp_path / "h.npz"))
     assert load_labelled("digits").x.shape == (1797, 1, 8, 8)
+
+
+def test_rows_of_a_table_are_features_that_know_their_row(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("size,colour,kind\n1.5,red,b\n2,blue,\n,red,a\n4,blue,b\n5,red,a\n")
+    rows = load_labelled(str(path), target="kind")
+    assert rows.ids == ("1", "3", "4", "5") and rows.classes == ("a", "b") and rows.y.tolist() == [1, 0, 1, 0]
+    sizes = np.array([1.5, 4, 4, 5])  # the missing one is the median of the others
+    np.testing.assert_allclose(rows.x[:, 0, 0, 0], (sizes - sizes.mean()) / sizes.std(), rtol=1e-6)
+    assert rows.x.shape == (4, 3, 1, 1) and np.ptp(rows.x[:, 1:], axis=0).min() == 1
+    with pytest.raises(ValueError, match="say which column is the target"):
+        load_labelled(str(path))
+    np.savez(tmp_path / "f.npz", x=np.eye(4), y=np.arange(4) % 2)
+    with pytest.raises(ValueError, match=r"f.npz has its own classes, target is for a table; got 'kind'"):
+        load_labelled(str(tmp_path / "f.npz"), target="kind")
+    assert load_labelled("wine").x.shape == (178, 13, 1, 1)

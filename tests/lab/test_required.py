@@ -40,6 +40,18 @@ def functions(n, m, **columns):
     return pd.DataFrame({"function": np.repeat(np.arange(n), m), "x": x, "y": np.sin(x), **columns})
 
 
+def instrumented(n=200, **columns):
+    whole = {
+        "age": rng.integers(20, 60, n),
+        "town": rng.choice(list("uvw"), n),
+        "outcome": rng.normal(size=n),
+    }
+    z = np.arange(n) % 2
+    return pd.DataFrame(
+        {**whole, "instrument": z, "treatment": np.where(np.arange(n) % 10 < 4, 1 - z, z), **columns}
+    )
+
+
 def images(n=60, **arrays):
     return {"x": rng.integers(0, 255, (n, 8, 8)).astype(np.uint8), "y": np.arange(n) % 3, **arrays}
 
@@ -101,6 +113,15 @@ BROKEN = {
         "one output": (functions(9, 9, y=1.0), "all outputs are the same"),
         "one input": (functions(9, 9, x=1.0), "all inputs are the same"),
     },
+    "instrumented": {
+        "a single row": (instrumented(1), "at least 40 rows"),
+        "three treatments": (instrumented(treatment=np.arange(200) % 3), "must have two values, got 3"),
+        "an instrument of numbers": (instrumented(instrument=np.linspace(0, 1, 200)), "must have two values, got 200"),
+        "an instrument that never changes": (instrumented(instrument=1), "it never changes"),
+        "an instrument that moves nobody": (instrumented(treatment=np.arange(200) // 2 % 2), "almost irrelevant"),
+        "a column that is missing": (instrumented().drop(columns="instrument"), "no column 'instrument', say data.instrument= and one of"),
+        "no covariate": (instrumented(age=1, town="u"), "no column beside treatment, instrument and outcome varies"),
+    },
     "graph": {
         "no edges": (graph(edges=np.zeros((0, 2), int)), "no edge joins two nodes"),
         "loops": (graph(edges=np.stack([np.arange(60)] * 2, 1)), "no edge joins two nodes"),
@@ -116,9 +137,11 @@ BROKEN = {
 LEAST = {
     "table": table(12, target=list("yn") * 6, town=list("uuvv") * 3),
     "images": images(12, y=np.arange(12) % 2),
+    "labelled": features(12, y=np.arange(12) % 2),
     "points": pd.DataFrame(rng.normal(size=(12, 2)), columns=["x", "y"]),
     "series": series(12),
     "functions": functions(5, 2),
+    "instrumented": instrumented(80, treatment=np.where(np.arange(80) % 10 < 5, 1, np.arange(80) % 2)),
     "graph": graph(24),
 }
 

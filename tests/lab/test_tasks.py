@@ -6,6 +6,7 @@ import pytest
 from posterity.claims.uncertainty import cider, esd
 from posterity.engine.compare import compare
 from posterity.lab.tasks import entries, get_task, image_classification, task_names
+from posterity.lab.tasks.imputation import hide
 
 
 @pytest.fixture
@@ -97,3 +98,29 @@ def test_a_task_is_its_file_and_has_ordinary_choices(name):
     assert not next(iter(entries(name).values())).paper
     with pytest.raises(ValueError, match=f"task must be one of .*{name}.*, got 'cooking'"):
         get_task("cooking")
+
+
+@pytest.mark.parametrize("pattern", ["points", "blocks", "sensors"])
+def test_a_quarter_is_hidden_whatever_the_pattern(pattern):
+    hidden = hide((4_000, 6), pattern, 0)
+    np.testing.assert_allclose(hidden.mean(), 0.25, atol=0.02)
+    edges = np.diff(np.pad(hidden, ((1, 1), (0, 0))).astype(int), axis=0)
+    starts, ends = (np.argwhere(sign == edges.T) for sign in (1, -1))
+    lengths = (ends - starts)[:, 1]
+    inside = (starts[:, 1] > 0) & (ends[:, 1] < 4_000)
+    if pattern == "points":
+        np.testing.assert_allclose(lengths.mean(), 4 / 3, rtol=0.1)  # a run is geometric
+    elif pattern == "blocks":
+        assert lengths[inside].min() == 12 and np.bincount(lengths[inside]).argmax() == 12
+    else:
+        assert lengths.tolist() == [1_000] * 6 and len(set(starts[:, 1].tolist())) > 1
+
+
+def test_seasonal_means_know_a_season_and_survive_a_silent_sensor():
+    hours = np.arange(960)
+    series = np.stack([np.sin(2 * np.pi * hours / 24), np.cos(2 * np.pi * hours / 10)], axis=1)
+    holes = series.copy()
+    holes[100:300, 0] = holes[500:, 1] = np.nan
+    fill = entries("imputation")["seasonal means"].fit(series, 0)
+    np.testing.assert_allclose(fill(holes), series, atol=1e-9)
+    assert np.isfinite(fill(np.full((50, 2), np.nan))).all()

@@ -39,13 +39,15 @@ class Refused(Exception):
 
 
 def public_names():
-    """Return every public class and function as (slug, domain, name), but what is only returned."""
-    return [
-        (paper.slug, paper.domain, name)
+    """Return every public class and function as (slug, domain, name), but what is only returned or fulfilled."""
+    every = [
+        (paper.slug, paper.domain, name, getattr(import_module(f"posterity.{paper.domain}"), name))
         for paper in papers().values()
         if paper.implemented
         for name in paper.exports
-        if not is_result(getattr(import_module(f"posterity.{paper.domain}"), name))
+    ]
+    return [
+        each for *each, value in every if not is_result(value) and not getattr(value, "_is_protocol", False)
     ]
 
 
@@ -93,7 +95,8 @@ class Fuzzed:
         methods = {
             name: function
             for name, function in inspect.getmembers(value, inspect.isfunction)
-            if not name.startswith("_") and function.__module__.startswith("posterity")
+            if (not name.startswith("_") or name == "__call__")
+            and function.__module__.startswith("posterity")
         }
         hints = {
             name: parameter.annotation
@@ -102,8 +105,9 @@ class Fuzzed:
             if hasattr(parameter.annotation, "dim_str")
         }
         before = [name for name in FIRST if name in methods]
-        for name in [*before, drawing.pick([name for name in methods if name not in before] or before)]:
-            target = made if name == "forward" else getattr(made, name)
+        last = [name for name in methods if name not in before] or before
+        for name in [*before, *([drawing.pick(last)] if last else [])]:
+            target = made if name in ("forward", "__call__") else getattr(made, name)
             self._call(drawing, target, methods[name], [value, methods[name]], hints)
 
     def _call(self, drawing, target, signature, documented, hints=None):

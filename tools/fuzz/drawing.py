@@ -152,6 +152,8 @@ class Drawing:
             return self.instance(self.pick(alike), depth + 1) if alike else self.cast(Net(self.size))
         if arguments == [] or arguments == [int]:
             return lambda *_: Net(self.size)
+        if getattr(parts[1], "array_type", None) is np.ndarray:  # a truth value for each of what comes
+            return lambda given, *_: np.arange(len(given)) % 2 == 0
         if arguments == [Tensor] and self.pick((True, False)):
             return torch.tanh
         if arguments is not Ellipsis and arguments[0] is nn.Module:
@@ -171,6 +173,12 @@ class Drawing:
             if not makers:
                 raise Undrawable(kind)
             return makers[0](**self.arguments(makers[0], depth=depth + 1))
+        if getattr(kind, "_is_protocol", False):
+            known = [each for each in self.others if inspect.isclass(each) and each is not kind]
+            fulfils = [each for each in known if kind in self.others and issubclass(each, kind)]
+            if not fulfils:
+                raise Undrawable(kind)
+            return self.instance(self.pick(fulfils), depth)
         if kind not in self.others:
             raise Undrawable(kind)
         return self.cast(kind(**self.arguments(kind.__init__, depth=depth + 1)))

@@ -24,7 +24,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-__all__ = ["Between", "Claim", "Count", "Positive", "Share", "Trial", "bound", "comparison", "trend"]
+__all__ = [
+    "Between",
+    "Claim",
+    "Count",
+    "Positive",
+    "Share",
+    "Trial",
+    "bound",
+    "comparison",
+    "refuse",
+    "trend",
+]
 
 Better = Literal["lower", "higher"]
 
@@ -170,7 +181,7 @@ class Claim:
         nor with the data, which are what their loader gives.
         """
         for name, value in settings.items():
-            _refuse(f"{self.name}: {name}", value, self.parameters[name].annotation)
+            refuse(f"{self.name}: {name}", value, self.parameters[name].annotation)
         given = {**self.defaults, **settings}
         if data is not None:
             given |= {"data": data, "name": given["data"]}
@@ -188,8 +199,17 @@ class Claim:
         return {arm: float(value) for arm, value in outcome.items()}
 
 
-def _refuse(name: str, value: Any, annotation: Any) -> None:
-    """Raise ``ValueError`` for a value, or an item of it, that its annotation does not allow."""
+def refuse(name: str, value: Any, annotation: Any) -> None:
+    """Raise ``ValueError`` for a value, or an item of it, that its annotation does not allow.
+
+    Parameters
+    ----------
+    name : str
+        For the message.
+    value : Any
+    annotation : Any
+        Of the parameter, such as `Count`.
+    """
     inner = get_args(annotation)
     if hasattr(annotation, "__metadata__"):
         for allowed in inner[1:]:
@@ -197,9 +217,9 @@ def _refuse(name: str, value: Any, annotation: Any) -> None:
                 allowed.refuse(name, value)
     elif get_origin(annotation) in (tuple, list):
         for item in value:
-            _refuse(name, item, inner[0])
+            refuse(name, item, inner[0])
     elif get_origin(annotation) in (Union, types.UnionType) and value is not None:
-        _refuse(name, value, next(kind for kind in inner if kind is not type(None)))
+        refuse(name, value, next(kind for kind in inner if kind is not type(None)))
 
 
 def comparison(

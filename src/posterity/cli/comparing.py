@@ -1,5 +1,6 @@
-"""Tasks on the command line: every entry ranked on a user's data."""
+"""Tasks on the command line: every entry ranked on a user's data, and a user's labels ranked by an entry."""
 
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -16,7 +17,10 @@ def compare(
     seeds: Annotated[int, typer.Option("--seeds", help="How many seeds.")] = 5,
     first_seed: Annotated[int, typer.Option("--first-seed", help="The first of them.")] = 0,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="data.name=value, an option of reading --data.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="name=value, a setting of the task; data.name=value, an option of reading --data."
+        ),
     ] = None,
     on: Annotated[str, typer.Option("--on", help="local, ray, or ray://HOST:PORT.")] = "local",
     workers: Annotated[int | None, typer.Option("--workers", help="Trials at a time.")] = None,
@@ -28,14 +32,12 @@ def compare(
     check_numbers(seeds, first_seed, workers, on, "cpu")
     given = set_(settings)
     data = reading(data, given)
-    if given:
-        raise ValueError(
-            f"--set of compare takes options of reading, data.name=value, got {next(iter(given))}"
-        )
     from posterity.engine import compare as engine
     from posterity.engine.store import Store
 
-    jobs, rank, note = engine.compare(task, data=data, target=target, seeds=seeds, first_seed=first_seed)
+    jobs, rank, note = engine.compare(
+        task, data=data, target=target, seeds=seeds, first_seed=first_seed, settings=given
+    )
     if note and not quiet:
         say(note)
     outcomes = run_jobs(jobs, Store(), on, workers, fresh, quiet)
@@ -58,3 +60,49 @@ def compare(
         terminal.print(engine.advice(rows), markup=False)
     if any("error" in row for row in rows):
         raise typer.Exit(1)
+
+
+@app.command()
+def suspects(
+    data: Annotated[str, typer.Option("--data", help="A table, a folder of images, or an .npz of x and y.")],
+    target: Target = None,
+    method: Annotated[
+        str, typer.Option("--method", help="An entry of the task label-noise, as compare ranks them.")
+    ] = "CG-score",
+    top: Annotated[int | None, typer.Option("--top", min=1, help="Only the so many first.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of what the method draws.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="data.name=value, an option of reading --data.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print your labelled examples as CSV, those whose label is probably wrong first."""
+    given = set_(settings)
+    source = str(reading(data, given))
+    if given:
+        raise ValueError(
+            f"--set of suspects takes options of reading, data.name=value, got {next(iter(given))}"
+        )
+    import numpy as np
+
+    from posterity.engine.discovery import entry_modules
+    from posterity.lab.data import check, load_labelled
+    from posterity.lab.data.labelled import Labelled
+    from posterity.lab.tasks import entries
+    from posterity.lab.tasks.image_classification import standardised
+    from posterity.lab.tasks.label_noise import ranked
+
+    for module in entry_modules("label-noise"):
+        import_module(module)
+    methods = entries("label-noise")
+    if method not in methods:
+        raise ValueError(f"--method must be one of {', '.join(methods)}, got {method!r}")
+    if note := check(Labelled, source, target=target):
+        say(note)
+    examples = load_labelled(source, target=target)
+    x = standardised(examples.x, np.arange(len(examples.y)))
+    table = ranked(examples, methods[method].fit((x, examples.y), seed)(x)).head(top or len(x))
+    if as_json:
+        dump(table.to_dict("records"))
+    else:
+        print(table.to_csv(index=False), end="")

@@ -149,6 +149,8 @@ Data = Annotated[
 ]
 Target = Annotated[str | None, Field(description="For tables: the column to predict, its name or number.")]
 Value = str | bool | int | float | None
+Settings = dict[str, Value | list[Value]] | None
+READING = 'Options of reading data have the form {"data.header": "no"}.'
 
 
 @server.tool(annotations=READS)
@@ -185,10 +187,10 @@ async def run(
     data: Data = None,
     target: Target = None,
     settings: Annotated[
-        dict[str, Value | list[Value]] | None,
+        Settings,
         Field(
             description='Parameters of the claim by name, as show lists them under params: {"epochs": 20}. '
-            'Options of reading data have the form {"data.header": "no"}.'
+            + READING
         ),
     ] = None,
 ) -> Verdicts:
@@ -197,11 +199,7 @@ async def run(
     Takes seconds to minutes (show gives seconds a seed) and reports progress. Finished trials are stored and never
     run again, so a cancelled run can be asked for anew. Returns the verdict with effect and 95 % interval.
     """  # fmt: skip
-    words = [f"--claim={claim}"] * (claim is not None) + await _options(seeds, data, target)
-    for name, value in (settings or {}).items():
-        if name in ("data", "target") or "=" in name:
-            raise ToolError(f"settings must hold parameters of the claim and data.OPTION, got {name!r}")
-        words.append(f"--set={name}={_text(value)}")
+    words = [f"--claim={claim}"] * (claim is not None) + await _options(seeds, data, target, settings)
     notes: list[str] = []
     return {"verdicts": await _json(["run", "--json", *words, "--", slug], notes, context), "notes": notes}
 
@@ -213,6 +211,9 @@ async def compare(
     data: Data = None,
     target: Target = None,
     seeds: Annotated[int, Field(ge=1, description="How many seeds.")] = 5,
+    settings: Annotated[
+        Settings, Field(description='Settings of the task by name: {"labels_per_class": 2}. ' + READING)
+    ] = None,
 ) -> Ranking:
     """Rank every method that does a task, with the strong ordinary choices, on the user's data.
 
@@ -220,7 +221,7 @@ async def compare(
     their scores, 95 % intervals and ties, and whether an ordinary choice is enough.
     """
     notes: list[str] = []
-    words = ["compare", "--json", *await _options(seeds, data, target), "--", task]
+    words = ["compare", "--json", *await _options(seeds, data, target, settings), "--", task]
     ranking = await _json(words, notes, context)
     return {"ranking": ranking, "advice": advice(ranking), "notes": notes}
 
@@ -282,11 +283,18 @@ async def _command(words: list[str], notes: list[str] | None = None, context: Co
     return printed.decode()
 
 
-async def _options(seeds: int | None, data: str | None, target: str | None) -> list[str]:
+async def _options(seeds: int | None, data: str | None, target: str | None, settings: Settings) -> list[str]:
     if data is not None:
         await anyio.to_thread.run_sync(_refuse_outside, data)  # a folder may hold many files
     given = {"seeds": seeds, "data": data, "target": target}
-    return [f"--{name}={value}" for name, value in given.items() if value is not None]
+    words = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    for name, value in (settings or {}).items():
+        if name in ("data", "target") or "=" in name:
+            raise ToolError(
+                f"settings must hold parameters of the claim or task, and data.OPTION, got {name!r}"
+            )
+        words.append(f"--set={name}={_text(value)}")
+    return words
 
 
 def _text(value: Any) -> str:

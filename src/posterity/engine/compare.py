@@ -1,13 +1,15 @@
 """Comparing: every entry of a task on one set of data, ranked, with ties and advice."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
+from posterity.claims import refuse
 from posterity.engine import statistics
 from posterity.engine.discovery import entry_modules
 from posterity.engine.fingerprint import fingerprint, reader
-from posterity.engine.plan import A_WEEK
+from posterity.engine.plan import A_WEEK, typed
 from posterity.engine.store import Job, Outcome
 
 __all__ = ["advice", "compare"]
@@ -15,7 +17,7 @@ __all__ = ["advice", "compare"]
 
 def compare(
     task: str, *, data: str | None = None, target: str | None = None, seeds: int = 5, first_seed: int = 0,
-    device: str = "cpu",
+    settings: Mapping[str, str] | None = None, device: str = "cpu",
 ) -> tuple[list[Job], Callable[[Iterable[tuple[Job, Outcome]]], list[dict[str, Any]]], str]:  # fmt: skip
     """Return the jobs of a comparison, the function that ranks their outcomes, and a note on the data.
 
@@ -25,6 +27,8 @@ def compare(
         Its name.
     data, target : str, optional
     seeds, first_seed : int
+    settings : mapping of str to str, optional
+        Of the question, as text.
     device : str
 
     Returns
@@ -40,7 +44,9 @@ def compare(
     fits = {name: each.fit for name, each in entries(task).items()}
     spec = data or question.data
     options = question.options(target)
-    note = check(question.kind, spec, question.needs, **options)
+    asked = _settings(question, settings or {})
+    needs = partial(question.needs, **asked) if question.needs else None
+    note = check(question.kind, spec, needs, **options)
     found = resolve(question.kind, spec)
     source = ""  # the module whose import registers a generated set
     read = ""
@@ -49,11 +55,13 @@ def compare(
     else:
         spec, read = absolute(question.kind, spec), reader(kind_of(question.kind).name)
     jobs = []
-    asked = question.score.__module__, "TASK"
+    judge = question.score.__module__, "TASK"
     for name, fit in fits.items():
         home = fit.__module__
-        counted = (home, fit.__name__), asked, (source, "")
+        counted = (home, fit.__name__), judge, (source, "")
         params = {"task": task, "entry": name, "home": home, "source": source, "data": spec, "target": target}
+        if asked:
+            params["settings"] = asked
         code = "".join(fingerprint(module, name) for module, name in counted if module) + read
         jobs += [
             Job("", f"compare {task}", "posterity.lab.tasks:score_entry", params, seed, code, device, A_WEEK)
@@ -64,6 +72,20 @@ def compare(
         lambda pairs: _rank(question, list(pairs), {name: entries(task)[name].paper for name in fits}),
         note,
     )
+
+
+def _settings(question: Any, given: Mapping[str, str]) -> dict[str, Any]:
+    """Return every setting of a question, what is given in the place of its default."""
+    known = question.settings
+    values = {name: parameter.default for name, parameter in known.items()}
+    for name, text in given.items():
+        if name not in known:
+            raise ValueError(
+                f"{question.name} takes no {name!r}, it takes: {', '.join(known) or 'no setting'}"
+            )
+        values[name] = typed(name, text, known[name].annotation)
+        refuse(name, values[name], known[name].annotation)
+    return values
 
 
 def _rank(question: Any, pairs: list[tuple[Job, Outcome]], papers_of: dict[str, str]) -> list[dict[str, Any]]:

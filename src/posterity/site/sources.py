@@ -73,7 +73,10 @@ def question(name: str) -> Question:
     kind = getattr(call.args[1], "id", "")
     target = " --target COLUMN" if any(word.arg == "takes_target" for word in call.keywords) else ""
     says = (ast.get_docstring(_parsed(path)) or "").partition("\n")[0]
-    command = f"posterity compare {name} --data {_given(kind)}{target}"
+    score: Any = _definition(f"{tasks.__name__}.{path.stem}", getattr(call.args[5], "id", ""))
+    asked = zip(score.args.kwonlyargs, score.args.kw_defaults, strict=True)
+    set_ = "".join(f" --set {arg.arg}={ast.literal_eval(default)}" for arg, default in asked)
+    command = f"posterity compare {name} --data {_given(kind)}{target}{set_}"
     return Question(name, says, metric, better, shipped, command)
 
 

@@ -170,7 +170,9 @@ def resolve(annotation: Any, spec: str) -> Callable[..., Any] | str | Path:
         facts["kind"] for name, facts in public_sets().items() if name == spec
     })  # fmt: skip
     if others:
-        raise ValueError(f"data must be {kind.name}: {allowed}, got {spec!r}, which is {others[0]}")
+        raise ValueError(
+            f"data must be {kind.name}: {allowed}, got {spec!r}, which is {' and '.join(others)}"
+        )
     raise ValueError(f"data must be {kind.name}: {allowed}, got {spec!r}, which is no name and no file")
 
 

@@ -30,12 +30,16 @@ class ImageData:
     classes : tuple of str
     note : str
         What was read.
+    ids : tuple of str
+        Where each comes from: its path in a folder, its row in a table, from 1. Empty where it
+        is its place in an array.
     """
 
     x: ndarray
     y: ndarray
     classes: tuple[str, ...]
     note: str = ""
+    ids: tuple[str, ...] = ()
 
 
 def load_images(data: str) -> ImageData:
@@ -120,7 +124,7 @@ def _folder(path: Path) -> ImageData:
     classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not _hidden(p))
     if len(classes) < 2:
         raise ValueError(f"{path}: needs a subfolder a class, at least two, got {classes}")
-    arrays, labels = [], []
+    arrays, labels, ids = [], [], []
     for label, name in enumerate(classes):
         inside = (p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in ENDINGS)
         for file in inside:
@@ -133,6 +137,7 @@ def _folder(path: Path) -> ImageData:
                 )
             arrays.append(array)
             labels.append(label)
+            ids.append(file.relative_to(path).as_posix())
     if len(set(labels)) < len(classes):
         empty = classes[next(k for k in range(len(classes)) if k not in labels)]
         raise ValueError(f"{path / empty} holds no image")
@@ -142,7 +147,7 @@ def _folder(path: Path) -> ImageData:
     note += ", …" if len(classes) > 5 else ""
     if loose := sum(p.suffix.lower() in ENDINGS and not _hidden(p) for p in path.iterdir()):
         note += f"; {loose} images outside a class left out"
-    return ImageData(x, np.asarray(labels, dtype=np.int64), tuple(classes), note)
+    return ImageData(x, np.asarray(labels, dtype=np.int64), tuple(classes), note, tuple(ids))
 
 
 def _picture(file: Path) -> ndarray:

@@ -1,40 +1,50 @@
-"""Inputs with classes: images, or rows of features as a network of yours makes them."""
+"""Inputs with classes: images, rows of a table, or features as a network of yours makes them."""
 
 from typing import Annotated
 
 import numpy as np
 from numpy import ndarray
 
-from posterity.lab.data import Kind, Source, dataset, kind_of, load, names
+from posterity.lab.data import Kind, Source, dataset, kind_of, load, names, resolve
 from posterity.lab.data._arrays import load_arrays
 from posterity.lab.data.images import ImageData, Images, image_arrays, load_images, read_images
 from posterity.lab.data.needs import require_classes, require_rows
+from posterity.lab.data.table import Table, TableData, as_task, load_table, read_table, table_encoder
 
 __all__ = ["Labelled", "load_labelled"]
 
-Labelled = Annotated[str, Kind("labelled", (".npz",), folder=True)]
+Labelled = Annotated[str, Kind("labelled", (".npz", *kind_of(Table).suffixes), folder=True)]
 
 
-def load_labelled(data: str) -> ImageData:
+def load_labelled(data: str, *, target: str | None = None) -> ImageData:
     """Return images of a name or file, or features as images of a single pixel.
 
     Parameters
     ----------
     data : str
-        What `posterity.lab.data.images.load_images` takes; or an ``.npz`` with ``x`` of shape
-        (n, d), features of any value, and ``y``.
+        What `posterity.lab.data.images.load_images` takes; an ``.npz`` with ``x`` of shape
+        (n, d), features of any value, and ``y``; or what `posterity.lab.data.table.load_table`
+        takes, whose columns `table_encoder` makes numbers.
+    target : str, optional
+        Of a table's file: the column that holds the classes.
 
     Returns
     -------
     ImageData
         Features are channels: ``x`` of shape (n, d, 1, 1).
     """
-    return load(Labelled, data)
+    if target is not None and callable(resolve(Labelled, data)):
+        raise ValueError(f"{data} has its own classes, target is for a file; got {target!r}")
+    return load(Labelled, data, target=target)
 
 
-def read_labelled(source: Source) -> ImageData:
-    """Return rows of features of an .npz file as images of a single pixel, or images."""
+def read_labelled(source: Source, *, target: str | None = None) -> ImageData:
+    """Return rows of a table or of features of an .npz file as images of a single pixel, or images."""
     (path,) = source.paths
+    if path.name.lower().endswith(kind_of(Table).suffixes):
+        return _encoded(as_task(read_table(source, target=target), "classification"))
+    if target is not None:
+        raise ValueError(f"{source.name} has its own classes, target is for a table; got {target!r}")
     if path.is_dir():
         return read_images(source)
     source.option({})
@@ -72,5 +82,18 @@ def _features(name: str, x: ndarray, y: ndarray) -> ImageData:
     return ImageData(x.astype(np.float32)[:, :, None, None], codes.astype(np.int64), classes, note)
 
 
+def _encoded(table: TableData) -> ImageData:
+    """Return the rows of a table as features, its columns prepared as numbers."""
+    x = np.asarray(table_encoder().fit_transform(table.X), dtype=np.float32)
+    if not np.isfinite(x).all():
+        raise ValueError(f"{table.note}: a column has values beyond float32")
+    ids = tuple(str(row + 1) for row in table.X.index)
+    return ImageData(x[:, :, None, None], table.y, table.classes, f"{table.note}; {x.shape[1]} features", ids)
+
+
+for _name in names(kind_of(Table)):
+    dataset(Labelled, _name)(
+        lambda seed, name=_name: _encoded(load_table(name, task="classification", seed=seed))
+    )
 for _name in names(kind_of(Images)):
     dataset(Labelled, _name)(lambda seed, name=_name: load_images(name))

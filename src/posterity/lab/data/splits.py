@@ -1,11 +1,11 @@
-"""Splits: disjoint random parts of rows, alike for the same seed."""
+"""Splits: disjoint random parts of rows, and wrong labels in them, alike for the same seed."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from numpy import ndarray
 
-__all__ = ["split"]
+__all__ = ["flip_labels", "split"]
 
 
 def split(
@@ -41,3 +41,40 @@ def split(
         order = order[np.argsort(place, kind="stable")]
     cuts = np.round(np.cumsum([0.0, *fractions]) * n).astype(int)
     return tuple(rng.permutation(order[low:high]) for low, high in zip(cuts[:-1], cuts[1:], strict=True))
+
+
+def flip_labels(
+    y: ndarray, share: float, seed: int, *, n_classes: int | None = None
+) -> tuple[ndarray, ndarray]:
+    """Return labels of which a share, drawn at random, is wrong.
+
+    Parameters
+    ----------
+    y : ndarray of shape (n,), integer
+        Codes from 0; left as they are.
+    share : float
+        Of all labels, in [0, 1]; the number of wrong ones is rounded.
+    seed : int
+        Decides which, and what they become: any other class, each alike.
+    n_classes : int, optional
+        At least 2; by default, one more than the largest label.
+
+    Returns
+    -------
+    tuple of ndarray
+        The labels, of the dtype of ``y``, and which of them are wrong, bool; of shape (n,).
+    """
+    y = np.asarray(y)
+    if y.ndim != 1 or y.dtype.kind not in "iu" or not len(y) or y.min() < 0:
+        raise ValueError(f"y must be codes from 0 of shape (n,), got {y.dtype} of shape {y.shape}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1], got {share}")
+    n_classes = int(y.max()) + 1 if n_classes is None else n_classes
+    if n_classes < max(2, int(y.max()) + 1):
+        raise ValueError(f"n_classes must be at least {max(2, int(y.max()) + 1)} for y, got {n_classes}")
+    rng = np.random.default_rng(seed)
+    rows = rng.choice(len(y), round(share * len(y)), replace=False)
+    noisy, wrong = y.copy(), np.zeros(len(y), dtype=bool)
+    noisy[rows] = (y[rows].astype(np.int64) + rng.integers(1, n_classes, len(rows))) % n_classes
+    wrong[rows] = True
+    return noisy, wrong

@@ -28,7 +28,8 @@ class TableData:
     Attributes
     ----------
     X : DataFrame
-        Numeric columns as floats, the others as text; missing values as NaN.
+        Numeric columns as floats, the others as text; missing values as NaN. The index is the
+        row in the file, from 0.
     y : ndarray of shape (n,)
         Floats for regression, codes from 0 for classification.
     task : {"regression", "classification"}
@@ -74,7 +75,7 @@ def load_table(data: str, *, target: str | None = None, task: str | None = None,
     table: TableData = load(Table, data, seed=seed, target=target)
     if table.task and target is not None and target != "target":  # of a set that is made or ships
         table = _pick(table.X.assign(target=table.y), target, data, table.note)
-    return _as_task(table, task)
+    return as_task(table, task)
 
 
 def read_table(source: Source, *, target: str | None = None) -> TableData:
@@ -153,7 +154,7 @@ def _pick(frame: pd.DataFrame, target: str | None, name: str, note: str) -> Tabl
         raise ValueError(f"{name}: target {target!r} has no value in any row")
     if dropped := int((~known).sum()):
         note += f"; {dropped:,} rows without a target left out"
-    frame = pd.DataFrame(frame[known]).reset_index(drop=True)
+    frame = pd.DataFrame(frame[known])
     X = frame.drop(columns=target)
     for column in X:
         if X[column].dtype.kind == "M":
@@ -167,7 +168,8 @@ def _pick(frame: pd.DataFrame, target: str | None, name: str, note: str) -> Tabl
     return TableData(X, frame[target].to_numpy(), "", note=f"{note}; target {target!r}")
 
 
-def _as_task(table: TableData, task: str | None) -> TableData:
+def as_task(table: TableData, task: str | None) -> TableData:
+    """Return a table whose target serves a task, by default the one that its values look like."""
     if table.task and task in (None, table.task):
         return table
     y = table.y

@@ -5,9 +5,13 @@ A question is a file, named as the task: its kind of data, split and score, whic
 training part and a seed, and returns a function of the inputs of the test part. What these
 are is said in the file. Entries register with `entry`: ordinary ones beside their task, a
 paper's in its claims file.
+
+A question may have settings (how many labels, how large a gap): keyword-only parameters of its
+score, annotated as those of a claim are. ``posterity compare`` takes them after ``--set``.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -33,14 +37,14 @@ class Task:
     data : str
         The default data.
     score : callable
-        ``score(fit, seed, data, target)`` fits an entry and measures it.
+        ``score(fit, seed, data, target, **settings)`` fits an entry and measures it.
     takes_target : bool
         Whether a user may say which column is predicted.
     loading : dict
         What the loader of its data is told.
     needs : callable, optional
-        ``needs(data)`` raises ``ValueError`` for data, as its loader gives it, on which the
-        question cannot be asked.
+        ``needs(data, **settings)`` raises ``ValueError`` for data, as its loader gives it, on
+        which the question cannot be asked.
     """
 
     name: str
@@ -48,10 +52,16 @@ class Task:
     metric: str
     better: str
     data: str
-    score: Callable[[Callable[..., Any], int, str, str | None], float]
+    score: Callable[..., float]
     takes_target: bool = False
     loading: dict[str, Any] = field(default_factory=dict)
-    needs: Callable[[Any], None] | None = None
+    needs: Callable[..., None] | None = None
+
+    @property
+    def settings(self) -> dict[str, inspect.Parameter]:
+        """Parameters that a user may set, in order."""
+        every = inspect.signature(self.score).parameters.values()
+        return {each.name: each for each in every if each.kind is each.KEYWORD_ONLY}
 
     def options(self, target: str | None) -> dict[str, Any]:
         """Return what the loader of its data is told, the target among it."""
@@ -157,8 +167,9 @@ def entries(task: str) -> dict[str, Entry]:
 
 
 def score_entry(
-    trial: Trial, task: str, entry: str, home: str, source: str, data: str, target: str | None = None
-) -> float:
+    trial: Trial, task: str, entry: str, home: str, source: str, data: str, target: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> float:  # fmt: skip
     """Fit one entry on one seed's training part and return its score on the test part.
 
     Parameters
@@ -170,6 +181,8 @@ def score_entry(
         The modules that register the entry and, where it is generated, the data.
     data : str
     target : str, optional
+    settings : mapping of str to value, optional
+        Of the question.
 
     Returns
     -------
@@ -177,7 +190,7 @@ def score_entry(
     """
     for module in filter(None, (home, source)):
         import_module(module)
-    return get_task(task).score(entries(task)[entry].fit, trial.seed, data, target)
+    return get_task(task).score(entries(task)[entry].fit, trial.seed, data, target, **settings or {})
 
 
 __getattr__, __dir__ = serve_files(__name__)

@@ -17,14 +17,16 @@ __all__: list[str] = []
 
 
 def _score(fit: Callable[..., Any], seed: int, data: str, target: str | None) -> float:
-    images = load_labelled(data)
+    images = load_labelled(data, target=target)
     train, test = split(len(images.y), (0.5, 0.5), seed, stratify=images.y)
     x = standardised(images.x, train)
     shares = np.asarray(fit((x[train], images.y[train]), seed)(x[test]))
     return calibration_error(shares, images.y[test])
 
 
-TASK = Task("calibration", Labelled, "expected calibration error", "lower", "digits", _score)
+TASK = Task(
+    "calibration", Labelled, "expected calibration error", "lower", "digits", _score, takes_target=True
+)  # fmt: skip
 
 
 def _probabilities(net: nn.Module, temperature: float = 1.0) -> Predict:

@@ -71,8 +71,8 @@ def image_neighbours(train: Any, seed: int) -> Predict:
 
 
 def classifier(
-    train: Any, seed: int, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-) -> nn.Sequential:
+    train: Any, seed: int, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy, epochs: int | None = None
+) -> nn.Sequential:  # fmt: skip
     """Return a small convolutional network (fully connected for features), trained by AdamW."""
     x, y = (torch.from_numpy(part) for part in train)
     n_classes = int(y.max()) + 1
@@ -80,7 +80,7 @@ def classifier(
         net = mlp(x.shape[1], n_classes, seed=seed)
     else:
         net = cnn(x.shape[1], n_classes, seed=seed)
-    fit(net, lambda net, x, y: loss(net(x), y), (x, y), epochs=image_epochs(len(y)), lr=3e-3, optimizer="adamw", weight_decay=1e-2,
+    fit(net, lambda net, x, y: loss(net(x), y), (x, y), epochs=epochs or image_epochs(len(y)), lr=3e-3, optimizer="adamw", weight_decay=1e-2,
         schedule="cosine", seed=seed)  # fmt: skip
     return net
 

@@ -20,7 +20,7 @@ SHOWN_AND_HIDDEN = 3  # classes at least, two to be told apart and one to be unk
 
 def _score(fit: Callable[..., Any], seed: int, data: str, target: str | None) -> float:
     """Hide two classes in five from training, and ask which test images are of them."""
-    images = load_labelled(data)
+    images = load_labelled(data, target=target)
     n_classes = len(images.classes)
     shown = np.random.default_rng(seed).permutation(n_classes)[: max(2, round(0.6 * n_classes))]
     code = np.full(n_classes, -1)
@@ -36,7 +36,7 @@ def _score(fit: Callable[..., Any], seed: int, data: str, target: str | None) ->
 
 TASK = Task(
     "ood-detection", Labelled, "ROC AUC of hidden classes", "higher", "digits", _score,
-    needs=lambda data: require_classes(data.y, data.classes, "inputs", SHOWN_AND_HIDDEN),
+    takes_target=True, needs=lambda data: require_classes(data.y, data.classes, "inputs", SHOWN_AND_HIDDEN),
 )  # fmt: skip
 
 
