@@ -1,4 +1,11 @@
+from posterity.clustering.correlation_clustering import KwikBucksResult as KwikBucksResult
+from posterity.clustering.correlation_clustering import correlation_clustering_cost as correlation_clustering_cost
+from posterity.clustering.correlation_clustering import kwik_cluster as kwik_cluster
+from posterity.clustering.correlation_clustering import pairwise_f1 as pairwise_f1
+from posterity.clustering.kwikbucks import kwikbucks as kwikbucks
 from posterity.clustering.minibatch_kmeans import EarlyStopMiniBatchKMeans as EarlyStopMiniBatchKMeans
 from posterity.clustering.minibatch_kmeans import iteration_bound as iteration_bound
 from posterity.clustering.minibatch_kmeans import kmeans_batch_update as kmeans_batch_update
 from posterity.clustering.minibatch_kmeans import sufficient_batch_size as sufficient_batch_size
+from posterity.clustering.weak_signals import EmbeddingSignal as EmbeddingSignal
+from posterity.clustering.weak_signals import WeakSignal as WeakSignal
