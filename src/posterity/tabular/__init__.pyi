@@ -1,4 +1,8 @@
 from posterity.tabular.attributions import latent_attributions as latent_attributions
+from posterity.tabular.mriv import mr_pseudo_outcome as mr_pseudo_outcome
+from posterity.tabular.mriv_models import MRIV as MRIV
+from posterity.tabular.mriv_net import MRIVNet as MRIVNet
+from posterity.tabular.mriv_net import NuisanceNet as NuisanceNet
 from posterity.tabular.tangos import TangosPenalty as TangosPenalty
 from posterity.tabular.tangos import TangosTerms as TangosTerms
 from posterity.tabular.tangos import tangos_terms as tangos_terms
