@@ -1,5 +1,8 @@
 from posterity.timeseries.period_folding import TimesBlock as TimesBlock
 from posterity.timeseries.period_folding import dominant_periods as dominant_periods
+from posterity.timeseries.tider import TIDER as TIDER
+from posterity.timeseries.tider_factors import TiderComponents as TiderComponents
+from posterity.timeseries.tider_factors import TiderFactors as TiderFactors
 from posterity.timeseries.timesnet import TimesNet as TimesNet
 from posterity.timeseries.timesnet_classification import TimesNetClassifier as TimesNetClassifier
 from posterity.timeseries.timesnet_forecasting import TimesNetForecaster as TimesNetForecaster
