@@ -1,4 +1,15 @@
 from posterity.fairness.beta_gap import violation_probability as violation_probability
+from posterity.fairness.consensus_fair_clustering import ConsensusFairClustering as ConsensusFairClustering
+from posterity.fairness.consensus_fair_clustering import coassociation_matrix as coassociation_matrix
+from posterity.fairness.consensus_losses import consensus_contrastive_loss as consensus_contrastive_loss
+from posterity.fairness.consensus_losses import fair_assignment_loss as fair_assignment_loss
+from posterity.fairness.consensus_losses import soft_assignment as soft_assignment
+from posterity.fairness.consensus_losses import structure_preservation_loss as structure_preservation_loss
+from posterity.fairness.fair_spectral_clustering import FairSpectralClustering as FairSpectralClustering
 from posterity.fairness.fairee import FaiREE as FaiREE
+from posterity.fairness.fairness_attack import AttackResult as AttackResult
+from posterity.fairness.fairness_attack import cluster_balance as cluster_balance
+from posterity.fairness.fairness_attack import cluster_group_entropy as cluster_group_entropy
+from posterity.fairness.fairness_attack import fairness_attack as fairness_attack
 from posterity.fairness.group_thresholds import FairThresholds as FairThresholds
 from posterity.fairness.group_thresholds import fair_thresholds as fair_thresholds
