@@ -182,6 +182,7 @@ def fair_across_shift(
     better="higher",
     smallest={"epochs": 3, "n_rows": 48, "n_runs": 5, "budget": 2, "n_init": 1, "shifts": (3.0,)},
     check=_fits,
+    reason="An attack undoes consensus fair clustering on some draws and leaves it on others, which five seeds do not average out.",
 )
 def after_attack(
     trial: Trial,
