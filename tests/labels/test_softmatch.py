@@ -253,6 +253,7 @@ def test_conforms_to_its_kind(as_a_user, options):
 
 
 def test_compiles_without_a_break_in_its_graph(as_a_user):
+    torch._dynamo.reset()  # of many losses compiled in one process the last are not
     plain, compiled = SoftMatchLoss(5), SoftMatchLoss(5)
     run = torch.compile(compiled, backend="eager", fullgraph=True)
     for seed in (0, 10):
@@ -377,6 +378,7 @@ def test_where_nothing_is_read_logits_that_are_not_finite_move_nothing(as_a_user
     loss = SoftMatchLoss(3)
     loss(Z, Y, logits(4, 3).float(), Z)
     before = copy.deepcopy(loss.state_dict())
+    torch._dynamo.reset()
     run = torch.compile(loss, backend="eager", fullgraph=True)
     assert not torch.isfinite(run(Z, Y, torch.cat([Z[:3], NAN[:1]]), Z))
     assert all(torch.equal(before[name], value) for name, value in loss.state_dict().items())

@@ -198,6 +198,8 @@ class Drawing:
             return self.ndarray(self.pick(((n, d),) * 4 + ((n, 3, d), (n,))), self.dtype)
         if name in ("y", "sensitive_features", "sample_weight"):
             return self.ndarray((n,), self.pick((torch.int64, torch.float32)))
+        if name in ("treatment", "instrument"):
+            return np.arange(n) % 2
         if name == "Y":
             return self.ndarray((n, 2), torch.float32)
         if name == "random_state":
