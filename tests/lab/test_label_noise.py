@@ -13,7 +13,9 @@ from posterity.lab.data import load_labelled
 from posterity.lab.tasks import entries, get_task, image_classification, label_noise
 from posterity.lab.tasks.label_noise import ranked
 
-ORDINARY = ("10 nearest neighbours", "error of short trainings", "out-of-fold confidence")
+ORDINARY = (
+    "10 nearest neighbours", "error of short trainings", "out-of-fold confidence", "out-of-fold logistic regression",
+)  # fmt: skip
 
 
 @pytest.fixture

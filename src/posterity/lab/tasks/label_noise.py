@@ -18,6 +18,7 @@ from posterity.lab.data import Labelled, flip_labels, load_labelled, split
 from posterity.lab.data.images import ImageData
 from posterity.lab.tasks import Task, entry
 from posterity.lab.tasks.image_classification import classifier, image_epochs, outputs, standardised
+from posterity.lab.tasks.tabular_classification import tuned_logistic
 
 __all__ = ["ranked"]
 
@@ -78,14 +79,35 @@ TASK = Task(
 @entry("label-noise", "out-of-fold confidence")
 def out_of_fold(train: Any, seed: int) -> Predict:
     """Return one less the probability that networks trained on the other two thirds give the label."""
+
+    def shares(x: np.ndarray, y: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        return outputs(classifier((x, y), seed), asked).softmax(1).numpy()
+
+    return _out_of_fold(train, seed, shares)
+
+
+@entry("label-noise", "out-of-fold logistic regression")
+def out_of_fold_logistic(train: Any, seed: int) -> Predict:
+    """Return the same of logistic regression on pixels or features, its penalty cross-validated."""
+
+    def shares(x: np.ndarray, y: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        known, codes = np.unique(y, return_inverse=True)
+        full = np.zeros((len(asked), int(y.max()) + 1))
+        model = tuned_logistic().fit(x.reshape(len(x), -1), codes)
+        full[:, known] = model.predict_proba(asked.reshape(len(asked), -1))
+        return full
+
+    return _out_of_fold(train, seed, shares)
+
+
+def _out_of_fold(train: Any, seed: int, shares: Callable[..., np.ndarray]) -> Predict:
     x, y = train
     unsure = np.empty(len(y))
-    folds = split(len(y), [1 / FOLDS] * FOLDS, seed, stratify=y)
-    for held_out in folds:
+    for held_out in split(len(y), [1 / FOLDS] * FOLDS, seed, stratify=y):
         rest = np.setdiff1d(np.arange(len(y)), held_out)
-        shares = outputs(classifier((x[rest], y[rest]), seed), x[held_out]).softmax(1).numpy()
-        known = y[held_out] < shares.shape[1]  # a class may be in one fold only
-        unsure[held_out] = 1 - np.where(known, shares[np.arange(len(held_out)), y[held_out] * known], 0)
+        given = shares(x[rest], y[rest], x[held_out])
+        known = y[held_out] < given.shape[1]  # a class may be in one fold only
+        unsure[held_out] = 1 - np.where(known, given[np.arange(len(held_out)), y[held_out] * known], 0)
     return lambda x: unsure
 
 
