@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from posterity.claims.labels import cg_score
 from posterity.engine.compare import compare
 from posterity.lab.data import load_labelled
 from posterity.lab.tasks import entries, get_task, image_classification, label_noise
@@ -37,6 +38,11 @@ def table(tmp_path, monkeypatch):
 def test_every_ordinary_choice_finds_planted_labels(table, name):
     precision = get_task("label-noise").score(entries("label-noise")[name].fit, 0, table, "kind", share=0.2)
     assert precision > 0.7
+
+
+def test_many_examples_are_scored_in_parts_and_wrong_labels_found_in_each(table, monkeypatch):
+    monkeypatch.setattr(cg_score, "PART", 30)
+    assert get_task("label-noise").score(cg_score.suspicious, 0, table, "kind", share=0.2) > 0.5
 
 
 def test_the_labels_that_an_entry_sees_are_wrong_as_often_as_is_set(table):
