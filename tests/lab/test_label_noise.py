@@ -40,9 +40,20 @@ def test_every_ordinary_choice_finds_planted_labels(table, name):
     assert precision > 0.7
 
 
-def test_many_examples_are_scored_in_parts_and_wrong_labels_found_in_each(table, monkeypatch):
+def test_many_examples_are_scored_in_parts_with_their_share_of_each_class(monkeypatch):
+    """Rows are their own number, so that a stand-in for the score tells which it was given together."""
+    y, seen = np.arange(89) % 3, []
+
+    def numbers(x, y, **_):
+        seen.append(x[:, 0].astype(int))
+        assert np.ptp(np.bincount(y, minlength=3)) <= 1  # each part has its share of each class
+        return x[:, 0]
+
     monkeypatch.setattr(cg_score, "PART", 30)
-    assert get_task("label-noise").score(cg_score.suspicious, 0, table, "kind", share=0.2) > 0.5
+    monkeypatch.setattr(cg_score, "cg_scores", numbers)
+    x = np.arange(89.0)[:, None]
+    np.testing.assert_array_equal(cg_score.suspicious((x, y), 0)(x), x[:, 0])
+    assert sorted(map(len, seen)) == [29, 30, 30] and len(set(np.concatenate(seen))) == 89
 
 
 def test_the_labels_that_an_entry_sees_are_wrong_as_often_as_is_set(table):

@@ -239,9 +239,12 @@ def test_replicas_merge_and_the_state_goes_through_a_dict_a_pickle_and_a_copy():
     again = Susceptibility(batch(40)[0], 3)
     again.load_state_dict(first.state_dict())
     assert sorted(again.history) == sorted(pooled) and torch.equal(again.labels, first.labels)
-    for twin in (copy.deepcopy(first), pickle.loads(pickle.dumps(second)), first.to("cpu")):
+    for original, twin in (
+        (first, copy.deepcopy(first)), (second, pickle.loads(pickle.dumps(second))), (second, second.to("cpu")),
+    ):  # fmt: skip
+        before = list(original.history)
         twin.update(net, optimizer)
-        assert twin.history[:-1] in (first.history[: len(twin.history) - 1], second.history)
+        assert twin.history[:-1] == before and len(twin.history) == len(before) + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -302,6 +305,9 @@ def test_regions_of_a_square_and_of_equal_models():
     zeta, accuracy = [0.1, 0.9, 0.1, 0.9], [0.9, 0.9, 0.2, 0.2]
     assert model_regions(zeta, accuracy).tolist() == [1, 2, 3, 4]
     assert model_regions(torch.tensor(zeta), np.array(accuracy, dtype=np.float32)).tolist() == [1, 2, 3, 4]
+    narrow = torch.tensor([[1.0, 9.0, 1.0, 9.0], [9.0, 9.0, 2.0, 2.0]])
+    for dtype in (torch.bfloat16, torch.float16, torch.int64):
+        assert model_regions(*narrow.to(dtype)).tolist() == [1, 2, 3, 4]
     assert model_regions([0.1] * 3, [0.7] * 3).tolist() == [1, 1, 1]  # at the mean, whatever a sum rounds to
     assert model_regions([2, 0], [1, 0]).tolist() == [2, 3]
 

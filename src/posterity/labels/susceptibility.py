@@ -425,7 +425,10 @@ def _models(susceptibility: Any, train_accuracy: Any) -> tuple[ndarray, ndarray]
     given = {"susceptibility": susceptibility, "train_accuracy": train_accuracy}
     arrays = []
     for name, value in given.items():
-        array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        if isinstance(value, Tensor):  # numpy has no bfloat16
+            value = value.detach().cpu()
+            value = value.double() if value.is_floating_point() else value
+        array = np.asarray(value)
         if array.ndim != 1 or len(array) < 2 or array.dtype.kind not in "iuf":
             raise ValueError(f"{name} must be numbers of at least 2 models, got {array.dtype} {array.shape}")
         array = array.astype(np.float64)
