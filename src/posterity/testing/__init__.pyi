@@ -7,4 +7,5 @@ from posterity.testing.metric import check_metric as check_metric
 from posterity.testing.neural_process import check_neural_process as check_neural_process
 from posterity.testing.parity import Parity as Parity
 from posterity.testing.parity import check_parity as check_parity
+from posterity.testing.privacy import check_private as check_private
 from posterity.testing.solver import check_solver as check_solver

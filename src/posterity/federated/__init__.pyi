@@ -1,0 +1,1 @@
+from posterity.federated import simulation as simulation
