@@ -156,3 +156,14 @@ def test_a_ranking_says_whether_the_ordinary_choice_is_enough():
         [row, {**plain, "rank": 1}]
     )
     assert "nothing to compare" in compare.advice([row, failed])
+
+
+def test_a_reference_is_no_choice():
+    bound = {"rank": 1, "entry": "not private", "paper": None, "reference": True, "values": [1.0, 1.0]}
+    plain = {"rank": 2, "entry": "mean", "paper": None, "values": [0.0, 0.1]}
+    better = {"rank": 2, "entry": "A", "paper": "a", "values": [0.8, 0.9]}
+    assert "mean, an ordinary choice, is enough" in compare.advice([bound, plain])
+    assert "mean, the best ordinary choice, is not enough: A did" in compare.advice(
+        [bound, better, {**plain, "rank": 3}]
+    )
+    assert "nothing to compare" in compare.advice([bound, better])

@@ -17,7 +17,7 @@ def rows(seed, n=12, d=3):
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.ReLU(), nn.Linear(4, 2))
 
 
 def equal(a, b):
@@ -48,6 +48,7 @@ def test_one_client_and_one_epoch_is_plain_sgd():
     seed = torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(5)).item()
     ours = federate(net, [client], rounds=1, generator=torch.Generator().manual_seed(5))
     plain, g = network(), torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # for dropout
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     batch = torch.randperm(12, generator=g)
     F.cross_entropy(plain.train()(client[0][batch]), client[1][batch]).backward()
@@ -85,6 +86,12 @@ def test_a_seed_is_a_run_and_rounds_draw_who_takes_part():
     assert seen[:6] == seen[6:12]
     assert all(len(set(seen[k : k + 2])) == 2 for k in range(0, 18, 2))
     assert len(set(seen)) > 2
+
+
+def test_layers_that_draw_by_themselves_leave_the_global_generator_as_it_was():
+    net, before = network(), torch.get_rng_state()
+    federate(net, [rows(0)], rounds=2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_is_trained_under_no_grad_or_inference_mode_is_the_same():

@@ -97,6 +97,13 @@ BROKEN = {
         "no columns": (features(x=np.ones((60, 0))), "x holds nothing"),
         "beyond float32": (features(x=np.full((60, 5), 1e300)), "finite numbers"),
     },
+    "clients": {
+        "one client": (features(client=np.zeros(60, int)), "at least 2 clients"),
+        "a client of three rows": (features(client=np.arange(60) < 3), "at least 4 rows of each client"),
+        "one class": (features(y=np.zeros(60, int), client=np.arange(60) % 3), "at least 2 classes"),
+        "equal rows": (features(x=np.ones((60, 5)), client=np.arange(60) % 3), "all inputs are the same"),
+        "nobody's rows": (features(), "needs an array client"),
+    },
     "points": {
         "three points": (pd.DataFrame(rng.normal(size=(3, 2)), columns=["x", "y"]), "at least 10 points"),
         "one point": (pd.DataFrame(np.ones((40, 2)), columns=["x", "y"]), "all points are the same"),
@@ -138,6 +145,7 @@ LEAST = {
     "table": table(12, target=list("yn") * 6, town=list("uuvv") * 3),
     "images": images(12, y=np.arange(12) % 2),
     "labelled": features(12, y=np.arange(12) % 2),
+    "clients": images(12, y=np.arange(12) % 2, client=np.arange(12) % 3),
     "points": pd.DataFrame(rng.normal(size=(12, 2)), columns=["x", "y"]),
     "series": series(12),
     "functions": functions(5, 2),

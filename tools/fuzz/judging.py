@@ -120,7 +120,7 @@ def _parameters(value):
 def _raises(value):
     """Return the exceptions that a docstring's Raises section lists."""
     section = re.search(r"Raises\n-+\n(.*?)(\n\w[\w ]*\n-{3,}|\Z)", inspect.getdoc(value) or "", re.DOTALL)
-    return re.findall(r"^(\w+Error)\b", section[1], re.MULTILINE) if section else []
+    return re.findall(r"^(\w+)", section[1], re.MULTILINE) if section else []
 
 
 def _first(found):

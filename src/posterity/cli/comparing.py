@@ -52,7 +52,8 @@ def compare(
             table.add_column(name)
         for row in rows:
             place = "error" if row["rank"] is None else f"{'=' if row['tied'] else ''}{row['rank']}"
-            table.add_row(place, row["entry"], row["paper"] or "ordinary", row.get("error") or interval(row))
+            origin = row["paper"] or ("reference" if row.get("reference") else "ordinary")
+            table.add_row(place, row["entry"], origin, row.get("error") or interval(row))
         terminal = console()
         terminal.print(table)
         terminal.print(f"{rows[0]['better']} is better; = ties: the paired difference to the first of the rank has "

@@ -114,6 +114,8 @@ def _rank(question: Any, pairs: list[tuple[Job, Outcome]], papers_of: dict[str, 
         rows.append({"rank": rank, "entry": name, "paper": papers_of[name] or None, "metric": question.metric,
                      "better": question.better, **described})  # fmt: skip
     for row in rows:
+        if row["entry"] in question.references:
+            row["reference"] = True
         row["tied"] = sum(other["rank"] == row["rank"] for other in rows) > 1
     rows += [{"rank": None, "entry": name, "paper": papers_of[name] or None, "metric": question.metric,
               "better": question.better, "error": text} for name, text in errors.items()]  # fmt: skip
@@ -132,12 +134,13 @@ def advice(rows: list[dict[str, Any]]) -> str:
     -------
     str
     """
-    ordinary = next((row for row in rows if row["rank"] and not row["paper"]), None)
+    choices = [row for row in rows if row["rank"] and not row.get("reference")]
+    ordinary = next((row for row in choices if not row["paper"]), None)
     if ordinary is None:
         return "No ordinary choice ran, so there is nothing to compare with."
     first = ordinary["entry"]
-    if ordinary["rank"] == 1:
+    better = [row["entry"] for row in choices if row["rank"] < ordinary["rank"]]
+    if not better:
         seeds = len(ordinary["values"])
         return f"{first}, an ordinary choice, is enough as far as {seeds} seeds tell: nothing is shown to be better."
-    better = [row["entry"] for row in rows if row["rank"] and row["rank"] < ordinary["rank"]]
     return f"{first}, the best ordinary choice, is not enough: {', '.join(better)} did better."

@@ -60,24 +60,26 @@ def aggregate(updates: Sequence[State], weights: Sequence[float] | None = None) 
     return {name: _mean([update[name] for update in updates], shares) for name in updates[0]}
 
 
-def check_updates(updates: Sequence[State], weights: Sequence[float] | None) -> list[float]:
+def check_updates(
+    updates: Sequence[State], weights: Sequence[float] | None, called: str = "updates"
+) -> list[float]:
     """Return the share of each update, or say what does not fit."""
     if len(updates) == 0:
-        raise ValueError("updates must hold at least one client's, got none")
+        raise ValueError(f"{called} must hold at least one client's, got none")
     first = {name: value.shape for name, value in updates[0].items()}
     for k, update in enumerate(updates):
         for name in first.keys() ^ update.keys():
-            raise ValueError(f"updates must have the same keys, {name!r} is not in all ({k} and 0 differ)")
+            raise ValueError(f"{called} must have the same keys, {name!r} is not in all ({k} and 0 differ)")
         for name, value in update.items():
             if value.shape != first[name]:
                 raise ValueError(
-                    f"updates must have the same shapes, {name!r} has {tuple(value.shape)} in {k} "
+                    f"{called} must have the same shapes, {name!r} has {tuple(value.shape)} in {k} "
                     f"and {tuple(first[name])} in 0"
                 )
     if weights is None:
         return [1 / len(updates)] * len(updates)
     if len(weights) != len(updates):
-        raise ValueError(f"weights must be one for each of {len(updates)} updates, got {len(weights)}")
+        raise ValueError(f"weights must be one for each of {len(updates)} {called}, got {len(weights)}")
     values = [float(at_least("weights", float(weight), 0.0)) for weight in weights]
     if sum(values) == 0:
         raise ValueError("weights must not all be 0")
@@ -239,7 +241,9 @@ def federate(
 
 def _trained(model: nn.Module, client: Client, train: Callable[..., None], seed: int) -> State:
     own = copy.deepcopy(model)
-    train(own, client, torch.Generator().manual_seed(seed))
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)  # for what draws by itself, as dropout
+        train(own, client, torch.Generator().manual_seed(seed))
     return {name: value.detach() for name, value in own.state_dict().items()}
 
 

@@ -45,6 +45,8 @@ class Task:
     needs : callable, optional
         ``needs(data, **settings)`` raises ``ValueError`` for data, as its loader gives it, on
         which the question cannot be asked.
+    references : tuple of str
+        Entries that are no choice, but say how far there is to go.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Task:
     takes_target: bool = False
     loading: dict[str, Any] = field(default_factory=dict)
     needs: Callable[..., None] | None = None
+    references: tuple[str, ...] = ()
 
     @property
     def settings(self) -> dict[str, inspect.Parameter]:
