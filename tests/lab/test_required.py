@@ -140,6 +140,11 @@ BROKEN = {
         "all test": (graph(**dict(masks(0, 0, 60))), "train_masks is empty"),
         "beyond float32": (graph(node_features=np.full((60, 4), 1e300)), "NaN or infinity"),
     },
+    "text": {
+        "a single word": ("word", "at least 20 words"),
+        "four different words": ("to be or not " * 9, "at least 20 words, 5 of them different"),
+        "no word": ("?! ...", "has no word"),
+    },
 }  # fmt: skip
 LEAST = {
     "table": table(12, target=list("yn") * 6, town=list("uuvv") * 3),
@@ -151,15 +156,19 @@ LEAST = {
     "functions": functions(5, 2),
     "instrumented": instrumented(80, treatment=np.where(np.arange(80) % 10 < 5, 1, np.arange(80) % 2)),
     "graph": graph(24),
+    "text": "to be or not is " * 4,
 }
 
 
 @pytest.fixture
 def written(tmp_path):
     def write(content):
-        path = tmp_path / ("data.csv" if isinstance(content, pd.DataFrame) else "data.npz")
+        ends = {pd.DataFrame: "csv", str: "txt"}.get(type(content), "npz")
+        path = tmp_path / f"data.{ends}"
         if isinstance(content, pd.DataFrame):
             content.to_csv(path, index=False)
+        elif isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
         else:
             np.savez(path, **content)
         return path
