@@ -6,7 +6,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 WORKERS ?= 2
 export POSTERITY_DATA ?= $(wildcard ../shared/data)
 
-.PHONY: demo test lint docs evidence comparisons bench fuzz stubs clean
+.PHONY: demo test flower lint docs evidence comparisons bench fuzz stubs clean
 
 demo: .venv/core
 	$(BIN)/posterity run rectified-flow --claim one_step
@@ -14,6 +14,9 @@ demo: .venv/core
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q $(ARGS)
+
+flower: .venv/flower/made
+	.venv/flower/bin/python -m pytest -q tests/federated -k flower
 
 lint: .venv/lint
 	$(BIN)/ruff check --output-format concise .
@@ -54,6 +57,12 @@ clean:
 
 .venv/test: .venv/core
 	$(PIP) -e ".[test]"
+	@touch $@
+
+.venv/flower/made: .venv/made constraints-federated.txt pyproject.toml
+	$(PYTHON) -m venv .venv/flower
+	.venv/flower/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-federated.txt \
+		-e ".[federated]" pytest pytest-timeout beartype
 	@touch $@
 
 .venv/lint: .venv/test

@@ -27,8 +27,10 @@ def main() -> None:
     for extra in [
         name for name in extras if name == "all" or f"posterity[{name}]" not in inside(extras["all"])
     ]:
+        own = root / f"constraints-{extra}.txt"
+        pins = own if own.is_file() else root / "constraints.txt"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed",
-                   "--report", str(plan), "-c", str(root / "constraints.txt"), f"{root}[{extra}]"]  # fmt: skip
+                   "--report", str(plan), "-c", str(pins), f"{root}[{extra}]"]  # fmt: skip
         subprocess.run(command, check=True)
         names = {
             item["metadata"]["name"].lower(): item["metadata"]["version"]
