@@ -1,0 +1,703 @@
+"""CANIFE: gradients by brute force, an audit that is valid, and one that catches half of the noise."""
+
+import copy
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.stats import binom, binomtest, ks_2samp, norm
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+
+from posterity.privacy import (
+    Canary,
+    audit_round,
+    canary_loss,
+    canary_score,
+    client_updates,
+    craft_canary,
+    craft_text_canary,
+    empirical_epsilon,
+    gaussian_epsilon,
+)
+from posterity.testing import check_loss, check_private
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def network(*layers, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = nn.Sequential(*(layer() for layer in layers))
+    return made
+
+
+def small(dtype=torch.float32):
+    return network(lambda: nn.Linear(6, 8), nn.Tanh, lambda: nn.Linear(8, 3)).to(dtype)
+
+
+def rows(n, seed=0, dtype=torch.float32):
+    return torch.randn(n, 6, generator=rng(seed), dtype=dtype), torch.randint(
+        3, (n,), generator=rng(seed + 1)
+    )
+
+
+def flat(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
+
+
+# Epsilon from scores.
+
+
+def by_definition(present, absent, delta, threshold="max"):
+    """Return the point estimate by loops over thresholds."""
+    best = (0.0, min([*present, *absent]))
+    for t in sorted({*present, *absent}):
+        fnr, fpr = np.mean([s < t for s in present]), np.mean([s >= t for s in absent])
+        if fnr == 0 and fpr == 0:
+            value = math.inf
+        elif fnr == 0 or fpr == 0:
+            continue
+        else:
+            value = math.log(max((1 - delta - fpr) / fnr, (1 - delta - fnr) / fpr, 1))
+        if value > best[0]:
+            best = (value, t)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_estimate_is_the_best_of_all_thresholds_with_exact_limits(seed):
+    draw = np.random.default_rng(seed)
+    present, absent = draw.normal(draw.uniform(0, 3), 1, 30).round(1), draw.normal(0, 1, 50).round(1)
+    found = empirical_epsilon(present, absent, delta=0.02, confidence=0.9)
+    value, at = by_definition(present, absent, 0.02)
+    assert (found.value, found.threshold) == (pytest.approx(value), at)
+    k, j = (present < at).sum(), (absent >= at).sum()
+    assert (found.fnr, found.fpr) == (k / 30, j / 50)
+    fnr, fpr = (
+        binomtest(int(c), n).proportion_ci(0.9) for c, n in ((k, 30), (j, 50))
+    )  # Clopper and Pearson's
+
+    def epsilon(fpr, fnr):
+        return math.log(max((0.98 - fpr) / fnr, (0.98 - fnr) / fpr, 1)) if fpr and fnr else math.inf
+
+    assert found.lower == pytest.approx(epsilon(fpr.high, fnr.high))
+    assert found.upper == pytest.approx(epsilon(fpr.low, fnr.low))
+    assert found.lower <= found.value <= found.upper
+    assert found == empirical_epsilon(present.tolist(), torch.from_numpy(absent), delta=0.02, confidence=0.9)
+
+
+def test_scores_in_other_units_show_the_same():
+    draw = np.random.default_rng(3)
+    present, absent = draw.normal(1, 0.5, 60), draw.normal(0, 0.5, 40)
+    for threshold in ("max", 0.5):
+        one = empirical_epsilon(present, absent, threshold=threshold)
+        moved = 8 * threshold - 3 if threshold != "max" else threshold
+        other = empirical_epsilon(8 * present - 3, 8 * absent - 3, threshold=moved)
+        assert (one.value, one.lower, one.upper) == (other.value, other.lower, other.upper)
+
+
+def test_without_an_error_the_value_is_infinite_and_the_lower_limit_that_of_two_times_50_rounds():
+    found = empirical_epsilon(torch.full((50,), 2.0), torch.zeros(50))
+    assert (found.value, found.upper, found.threshold) == (math.inf, math.inf, 2.0)
+    rate = 1 - 0.025 ** (1 / 50)  # of which none in fifty are seen with probability 0.025
+    assert found.lower == pytest.approx(math.log((0.99 - rate) / rate), rel=1e-12)
+    assert found.lower == pytest.approx(2.5588, abs=5e-5)
+
+
+def test_where_nothing_is_told_apart_there_is_no_epsilon():
+    for threshold in ("max", -5.0, 1.0, 5.0):
+        found = empirical_epsilon([1.0, 1.0], [1.0, 1.0, 1.0], threshold=threshold)
+        assert (found.value, found.lower) == (0, 0)
+
+
+def test_sizes_differ_and_false_positives_are_shares_of_their_own():
+    found = empirical_epsilon([1.0] * 9 + [0.0], [1.0] + [0.0] * 99, delta=0.0, threshold=0.5)
+    assert found.value == pytest.approx(math.log(0.9 / 0.01))
+
+
+@pytest.mark.parametrize(("s", "best"), [(0.3, False), (1.0, True)])
+def test_the_lower_limit_is_valid_at_a_fixed_threshold(s, best):
+    """At one half and at the best of all, it passes the truth in at most 5 % of 1000 repeats."""
+    draw, delta, wrong = np.random.default_rng(0), 1e-2, 0
+    epsilon = gaussian_epsilon(s, delta)
+    threshold = 0.5 + s * s * epsilon if best else 0.5
+    for _ in range(1000):
+        present, absent = draw.normal(1, s, 200), draw.normal(0, s, 200)
+        wrong += empirical_epsilon(present, absent, delta=delta, threshold=threshold).lower > epsilon
+    assert wrong <= binom.ppf(0.999, 1000, 0.05)
+
+
+def test_the_lower_limit_is_valid_and_not_idle_where_the_threshold_is_all_there_is():
+    """Randomised response at epsilon 1: one rate alone decides, so a limit is wrong in up to 2.5 % of repeats."""
+    draw, epsilon, wrong, lowers = np.random.default_rng(1), 1.0, 0, []
+    lie = 1 / (1 + math.exp(epsilon))
+    for _ in range(1000):
+        present, absent = draw.random(4000) >= lie, draw.random(4000) < lie
+        lowers.append(empirical_epsilon(present, absent, delta=0.0, threshold=0.5).lower)
+        wrong += lowers[-1] > epsilon
+    assert wrong <= binom.ppf(0.999, 1000, 0.05)
+    assert np.mean(lowers) > 0.85
+
+
+def test_the_usual_estimate_shows_something_where_there_is_nothing_and_the_lower_limit_does_not():
+    """Which is why a threshold can be given, and why the value alone is no evidence."""
+    draw, usual, certain = np.random.default_rng(2), [], 0
+    for _ in range(300):
+        present, absent = draw.normal(size=(2, 50))
+        usual.append(empirical_epsilon(present, absent, delta=0.0).value)
+        certain += empirical_epsilon(present, absent, delta=0.0, threshold=0.5).lower > 0
+    assert np.median(usual) > 0.5
+    assert certain <= binom.ppf(0.999, 300, 0.05)
+
+
+# Epsilon of Gaussian noise.
+
+
+def divergence(s, epsilon):
+    """Return the hockey-stick divergence of N(1, s^2) from N(0, s^2), by integration."""
+
+    def excess(x):
+        return max(norm.pdf(x, 1, s) - math.exp(epsilon) * norm.pdf(x, 0, s), 0)
+
+    from_here = 0.5 + s * s * epsilon
+    return quad(excess, from_here, from_here + 12 * s, epsabs=0, epsrel=1e-11)[0]
+
+
+@pytest.mark.parametrize("s", [0.3, 0.5, 1.0, 2.0, 20.0])
+@pytest.mark.parametrize("delta", [1e-2, 1e-5])
+def test_gaussian_epsilon_is_where_the_integral_of_the_divergence_is_delta(s, delta):
+    assert divergence(s, gaussian_epsilon(s, delta)) == pytest.approx(delta, rel=1e-7)
+
+
+def test_gaussian_epsilon_falls_with_noise_and_with_delta():
+    by_noise = [gaussian_epsilon(s, 1e-3) for s in np.geomspace(1e-3, 100, 60)]
+    by_delta = [gaussian_epsilon(0.7, d) for d in np.geomspace(1e-300, 0.5, 60)]
+    assert np.all(np.diff(by_noise) < 0)
+    assert np.all(np.diff(by_delta) < 0)
+    assert [round(gaussian_epsilon(s, 1e-2), 3) for s in (0.3, 0.5, 1.0, 2.0)] == [
+        12.558,
+        5.998,
+        2.318,
+        0.919,
+    ]
+
+
+def test_gaussian_epsilon_at_the_ends():
+    assert (
+        gaussian_epsilon(0.0, 0.1) == gaussian_epsilon(1.0, 0.0) == gaussian_epsilon(1e-200, 0.1) == math.inf
+    )
+    apart = 2 * norm.cdf(0.25) - 1  # total variation at s = 2: from there on nothing is told apart
+    assert gaussian_epsilon(2.0, apart * (1 + 1e-9)) == 0 < gaussian_epsilon(2.0, apart * (1 - 1e-6)) < 1e-5
+
+
+@pytest.mark.parametrize("s", [0.3, 1.0])
+def test_the_bound_by_renyi_is_that_of_opacus_and_not_below_the_exact_one(s):
+    """With orders on a grid it is at most a little above the conversion at the best order, in closed form."""
+    pytest.importorskip("opacus", reason="opacus is optional")
+    found, order = gaussian_epsilon(s, 1e-2, accountant="rdp"), np.linspace(1.01, 60, 100_000)
+    bounds = order / (2 * s * s) + np.log1p(-1 / order) - (math.log(1e-2) + np.log(order)) / (order - 1)
+    assert bounds.min() * (1 - 1e-9) <= found <= 1.01 * bounds.min()
+    assert found > gaussian_epsilon(s, 1e-2)
+
+
+def test_opacus_is_asked_for_one_release_without_sampling(monkeypatch):
+    class RDPAccountant:
+        def get_epsilon(self, delta):
+            return (self.history, delta) == ([(0.5, 1.0, 1)], 0.01)
+
+    stand_in = types.SimpleNamespace(RDPAccountant=RDPAccountant)
+    monkeypatch.setitem(sys.modules, "opacus", types.SimpleNamespace(accountants=stand_in))
+    monkeypatch.setitem(sys.modules, "opacus.accountants", stand_in)
+    assert gaussian_epsilon(0.5, 0.01, accountant="rdp") == 1.0
+    monkeypatch.setitem(sys.modules, "opacus.accountants", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install opacus"):
+        gaussian_epsilon(0.5, 0.01, accountant="rdp")
+
+
+# Updates.
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_updates_are_those_of_local_training_one_client_after_the_other(steps):
+    model = small(torch.float64)
+    clients = [rows(n, 10 * n, torch.float64) for n in (4, 4, 7, 4)]
+    sent = client_updates(model, clients, lr=0.4, local_steps=steps, clip=0.3)
+    for (x, y), update in zip(clients, sent, strict=True):
+        local = copy.deepcopy(model)
+        sgd = torch.optim.SGD(local.parameters(), lr=0.4)
+        for _ in range(steps):
+            sgd.zero_grad()
+            F.cross_entropy(local(x), y).backward()
+            sgd.step()
+        way = flat(model) - flat(local)
+        torch.testing.assert_close(update, way * min(1, 0.3 / float(way.norm())), rtol=1e-9, atol=1e-12)
+    assert (sent.norm(dim=1) <= 0.3 * (1 + 1e-12)).all()
+
+
+def test_short_updates_are_not_made_longer():
+    sent = client_updates(small(), [rows(4)], clip=100.0)
+    assert 0 < sent.norm() < 100
+    torch.testing.assert_close(client_updates(small(), [rows(4)], clip=1e9), sent)
+
+
+def test_parameters_come_in_order_without_frozen_ones_and_the_model_stays():
+    model = network(
+        lambda: nn.Linear(6, 8), lambda: nn.BatchNorm1d(8), lambda: nn.Dropout(0.5), lambda: nn.Linear(8, 3)
+    )
+    model[0].weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    sent = client_updates(model, [rows(4), rows(4, 3)])
+    assert sent.shape == (2, 8 + 16 + 27)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Branching(nn.Module):
+    """What vmap cannot take: which way to go depends on numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = small()
+
+    def forward(self, x):
+        return self.inside(x) if x.sum() > -1e9 else x
+
+
+def test_a_model_that_cannot_be_vectorised_gives_the_same():
+    model = Branching()
+    torch.testing.assert_close(
+        client_updates(model, [rows(4), rows(4, 3)]), client_updates(model.inside, [rows(4), rows(4, 3)])
+    )
+
+
+# The loss, and crafting.
+
+
+def test_the_loss_is_the_mean_square_of_projections_and_what_is_missing_of_the_norm():
+    g, updates = (
+        torch.randn(5, generator=rng(), dtype=torch.float64),
+        torch.randn(7, 5, generator=rng(1), dtype=torch.float64),
+    )
+    along = [2.0 * float(g @ u) / float(g.norm()) for u in updates]
+    expected = sum(a * a for a in along) / 7 + max(0, 9.0 - float(g.norm())) ** 2
+    assert float(canary_loss(g, updates, clip=2.0, norm_floor=9.0)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_its_gradient_is_right_and_the_first_term_sees_no_length():
+    g = torch.randn(5, generator=rng(), dtype=torch.float64, requires_grad=True)
+    updates = torch.randn(7, 5, generator=rng(1), dtype=torch.float64)
+    for floor in (0.0, 1.0, 9.0):
+        assert torch.autograd.gradcheck(lambda g: canary_loss(g, updates, norm_floor=floor), g)  # noqa: B023
+    for scale in (1e-30, 0.1, 1e30):
+        torch.testing.assert_close(
+            canary_loss(scale * g, updates, norm_floor=0.0), canary_loss(g, updates, norm_floor=0.0)
+        )
+    slope = torch.autograd.grad(canary_loss(g, updates, norm_floor=0.0), g)[0]
+    assert abs(float(slope @ g.detach())) < 1e-12
+
+
+class CanaryLoss(nn.Module):
+    """The loss about a point, since the check also asks at 0, where there is none."""
+
+    def forward(self, canary_grad, updates):
+        return canary_loss(canary_grad + torch.arange(5).to(canary_grad), updates, norm_floor=9.0)
+
+
+def test_the_loss_conforms_to_its_kind(as_a_user):
+    updates = torch.randn(7, 5, generator=rng(1), dtype=torch.float64)
+    g = torch.randn(5, generator=rng(), dtype=torch.float64, requires_grad=True)
+    check_loss(CanaryLoss(), g, updates)
+
+
+@pytest.fixture(scope="module")
+def federation():
+    """A network after 200 steps on digits, updates of 224 clients of eight, and a canary crafted on 60 of them."""
+    x, y = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    x = x.float() / 16
+    model = network(lambda: nn.Linear(64, 64), nn.ReLU, lambda: nn.Linear(64, 10))
+    adam, draw = torch.optim.Adam(model.parameters(), lr=1e-3), rng()
+    for _ in range(200):
+        some = torch.randint(len(x), (64,), generator=draw)
+        adam.zero_grad()
+        F.cross_entropy(model(x[some]), y[some]).backward()
+        adam.step()
+    order = torch.randperm(1792, generator=draw).split(8)
+    updates = client_updates(model, [(x[some], y[some]) for some in order])
+    start = torch.rand(1, 64, generator=draw)
+    canary = craft_canary(model, updates[:60], start, torch.tensor([3]), n_steps=400, lr=0.05)
+    return model, updates, canary
+
+
+def test_crafting_lowers_what_clients_send_along_the_gradient_fifty_fold(federation):
+    model, updates, canary = federation
+    before, after = (
+        float(canary_loss(g, updates[:60], norm_floor=0.0)) for g in (canary.initial_grad, canary.grad)
+    )
+    assert after < before / 50
+    assert canary.health > 0.98
+    assert float(canary.losses[0]) == pytest.approx(
+        float(canary_loss(canary.initial_grad, updates[:60])), rel=1e-5
+    )
+    loss = F.cross_entropy(model(canary.x), canary.y)
+    exact = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(canary.grad, exact)
+
+
+def test_on_other_clients_scores_spread_little_more_than_the_noise(federation):
+    _, updates, canary = federation
+    spread = {
+        name: audit_round(
+            updates[60:],
+            g,
+            clip=1.0,
+            noise_multiplier=0.3,
+            clients_per_round=50,
+            n_tests=2000,
+            generator=rng(),
+        ).scores_without.std()
+        for name, g in (("random", canary.initial_grad), ("crafted", canary.grad))
+    }
+    assert 0.3 * 0.95 < spread["crafted"] < 0.3 * 1.2
+    assert spread["random"] > 0.6
+
+
+def craft(model, updates, x, y, **options):
+    return craft_canary(model, updates, x, y, **{"n_steps": 30, "lr": 0.05, **options})
+
+
+UPDATES = client_updates(small(), [rows(4, seed) for seed in range(12)])
+ROW, LABEL = torch.rand(1, 6, generator=rng(5)), torch.tensor([2])
+
+
+def test_the_second_derivative_is_that_of_finite_differences():
+    """One step of Adam goes against the sign of the slope of equation 1 in each number of the row."""
+    model, updates, row = small(torch.float64), UPDATES.double(), ROW.double()
+
+    def value(x):
+        parts = torch.autograd.grad(F.cross_entropy(model(x), LABEL), list(model.parameters()))
+        return float(canary_loss(torch.cat([g.reshape(-1) for g in parts]), updates, norm_floor=5.0))
+
+    step = 1e-5 * torch.eye(6, dtype=torch.float64)
+    slopes = torch.tensor([(value(row + d) - value(row - d)) / 2e-5 for d in step], dtype=torch.float64)
+    moved = craft(model, updates, row, LABEL, n_steps=1, lr=0.1, norm_floor=5.0).x - row
+    torch.testing.assert_close(moved[0], -0.1 * slopes.sign(), rtol=1e-5, atol=1e-5)
+
+
+def test_clamping_batches_and_seeds():
+    one, other = (
+        craft(small(), UPDATES, ROW, LABEL, clamp=(0.4, 0.6), batch_size=3, generator=rng(7))
+        for _ in range(2)
+    )
+    assert torch.equal(one.x, other.x)
+    assert one.losses.shape == (30,)
+    assert ((one.x >= 0.4) & (one.x <= 0.6)).all()
+    assert torch.equal(one.initial_x, ROW)
+    assert not torch.equal(one.losses, craft(small(), UPDATES, ROW, LABEL, clamp=(0.4, 0.6)).losses)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_gradients_are_off(context):
+    expected = craft(small(), UPDATES, ROW, LABEL).x
+    with context():
+        found = craft(small(), UPDATES.clone(), ROW.clone(), LABEL.clone())
+        updates = client_updates(small(), [rows(4, seed) for seed in range(12)])
+    torch.testing.assert_close(found.x, expected)
+    torch.testing.assert_close(updates, UPDATES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_16_bits_are_computed_in_32_and_autocast_changes_nothing(dtype):
+    narrow, clients = small(dtype), [rows(4, seed, dtype) for seed in range(4)]
+    wide = [(x.float(), y) for x, y in clients]
+    updates = client_updates(narrow.float(), wide)
+    torch.testing.assert_close(client_updates(small(dtype), clients), updates)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(client_updates(narrow, wide), updates)
+        found = craft(narrow, updates, ROW, LABEL)
+        seen = audit(updates, found, 0.1, clients_per_round=2)
+    plain = craft(narrow, updates, ROW, LABEL)
+    torch.testing.assert_close((found.x, found.grad), (plain.x, plain.grad))
+    torch.testing.assert_close(seen.scores_with, audit(updates, plain, 0.1, clients_per_round=2).scores_with)
+    low = audit_round(
+        updates.to(dtype), found, clip=1.0, noise_multiplier=0.1, clients_per_round=2, generator=rng()
+    )
+    high = audit_round(updates, found, clip=1.0, noise_multiplier=0.1, clients_per_round=2, generator=rng())
+    torch.testing.assert_close(low.scores_with, high.scores_with, rtol=0.02, atol=0.02)
+
+
+# Text.
+
+
+class Reader(nn.Module):
+    """Attention or a recurrent layer over embedded tokens: the fast kernels of both have no second derivative."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.tokens = nn.Embedding(11, 8)
+        self.unused = nn.Embedding(11, 8)
+        self.body = (
+            nn.LSTM(8, 8, batch_first=True)
+            if kind == "lstm"
+            else nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        )
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, ids):
+        found = self.body(self.tokens(ids))
+        return self.out((found[0] if isinstance(found, tuple) else found).mean(1))
+
+
+def reader(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Reader(kind)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "attention"])
+def test_text_is_crafted_through_mixtures_and_ends_in_tokens_with_an_exact_gradient(kind):
+    model, draw = reader(kind), rng(3)
+    clients = [
+        (torch.randint(11, (5, 6), generator=draw), torch.randint(2, (5,), generator=draw)) for _ in range(10)
+    ]
+    updates = client_updates(model, clients)
+    canary = craft_text_canary(
+        model,
+        updates,
+        6,
+        9,
+        torch.tensor([1]),
+        embedding="tokens",
+        n_steps=60,
+        norm_floor=0.0,
+        generator=rng(1),
+    )
+    assert (canary.x.shape, canary.x.dtype) == ((1, 6), torch.int64)
+    assert canary.x.max() < 9
+    loss = F.cross_entropy(model.eval()(canary.x), canary.y)
+    parts = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    exact = [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), parts, strict=True)]
+    torch.testing.assert_close(canary.grad, torch.cat([g.reshape(-1) for g in exact]), rtol=1e-4, atol=1e-6)
+    assert canary.losses[-5:].mean() < 0.8 * canary.losses[:5].mean()
+    with pytest.raises(ValueError, match="embedding must be one that model uses, 'unused' is not"):
+        craft_text_canary(model, updates, 6, 9, torch.tensor([1]), embedding="unused", n_steps=1)
+
+
+def test_a_mixture_of_one_token_has_that_tokens_gradient():
+    model = reader("lstm").double()
+    updates = torch.randn(4, sum(p.numel() for p in model.parameters()), generator=rng(), dtype=torch.float64)
+    found = {
+        round(float(craft_text_canary(
+            model, updates, 1, 2, torch.tensor([1]), embedding="tokens", n_steps=1, temperature=1e-9, generator=rng(seed)
+        ).losses[0]), 9)
+        for seed in range(6)
+    }  # fmt: skip
+    expected = set()
+    for token in (0, 1):
+        loss = F.cross_entropy(model(torch.tensor([[token]])), torch.tensor([1]))
+        parts = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        parts = [
+            torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), parts, strict=True)
+        ]
+        expected.add(round(float(canary_loss(torch.cat([g.reshape(-1) for g in parts]), updates)), 9))
+    assert found == expected
+
+
+# The audit.
+
+
+def test_the_score_is_the_projection_in_clips():
+    g, aggregate = torch.randn(9, generator=rng()), torch.randn(9, generator=rng(1))
+    expected = float(np.dot(g.numpy() / np.linalg.norm(g.numpy()), aggregate.numpy())) / 0.4
+    assert canary_score(g, aggregate, clip=0.4) == pytest.approx(expected, rel=1e-5)
+    assert canary_score(1e25 * g, aggregate, clip=0.4) == pytest.approx(expected, rel=1e-5)
+
+
+def audit(updates, canary, noise, n_tests=100, seed=0, **options):
+    given = {"clip": 1.0, "clients_per_round": 20, "generator": rng(seed), **options}
+    return audit_round(updates, canary, noise_multiplier=noise, n_tests=n_tests, **given)
+
+
+def test_whole_sums_and_projections_are_the_same_rounds(federation):
+    _, updates, canary = federation
+    short, whole = (audit(updates[60:], canary, 0.0, exact=exact) for exact in (False, True))
+    torch.testing.assert_close(short.scores_with, whole.scores_with, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(short.scores_without, whole.scores_without, rtol=1e-4, atol=1e-5)
+    assert whole.theoretical == math.inf
+    few, g = updates[60:, :4000:100].contiguous(), canary.grad[:4000:100]
+    assert few.any()
+    for part in ("scores_with", "scores_without"):  # with noise, in distribution
+        scores = [getattr(audit(few, g, 0.3, 500, 1, exact=exact), part) for exact in (False, True)]
+        assert ks_2samp(*(each.numpy() for each in scores)).pvalue > 1e-3
+
+
+def test_clients_are_drawn_without_replacement_and_alike():
+    updates = torch.diag(torch.arange(1.0, 9.0) / 8)  # scores along (1, .., 1) name who took part
+    found = audit(updates, torch.ones(8), 0.0, 4000, clients_per_round=3)
+    sums = (found.scores_without * 8**0.5 * 8).round()
+    assert sums.min() >= 6
+    assert sums.max() <= 21
+    assert float(sums.mean()) == pytest.approx(13.5, abs=4 * (3 * 5.25 * 5 / 7) ** 0.5 / 2000**0.5)
+    everyone = audit(updates, torch.ones(8), 0.0, clients_per_round=8)
+    assert everyone.scores_without.std() < 1e-6
+    torch.testing.assert_close(everyone.scores_with, everyone.scores_without + 1)
+
+
+def test_a_short_gradient_counts_as_far_as_its_client_sends_it():
+    found = audit(torch.zeros(30, 2), torch.tensor([0.0, 0.5]), 0.0, lr=0.4, clip=2.0)
+    torch.testing.assert_close(found.scores_with, torch.full((50,), 0.1, dtype=torch.float64))
+    assert not found.scores_without.any()
+
+
+def test_a_perfect_canary_is_seen_up_to_the_promise_and_half_of_the_noise_is_caught():
+    """The audit by `check_private`: it stays below the promise, comes near it, and finds a server that cheats."""
+    updates, g, delta = torch.zeros(30, 2), torch.tensor([0.0, 3.0]), 1e-2
+    for noise in (1.0, 2.0):
+        promised = gaussian_epsilon(noise, delta)
+        honest = audit(updates, g, noise, 20_000, delta=delta)
+        assert honest.theoretical == promised
+        assert float(honest.scores_with.mean()) == pytest.approx(1, abs=0.04)
+        assert float(honest.scores_without.std()) == pytest.approx(noise, rel=0.03)
+        scores = honest.scores_with.numpy(), honest.scores_without.numpy()
+        assert promised > check_private(*scores, epsilon=promised, delta=delta) > 0.5 * promised
+        best = 0.5 + noise**2 * promised
+        own = empirical_epsilon(*scores, delta=delta, confidence=0.99, threshold=best)
+        assert promised > own.lower > 0.5 * promised
+        half = audit(updates, g, noise / 2, 20_000, delta=delta)
+        with pytest.raises(AssertionError, match="told apart"):
+            check_private(
+                half.scores_with.numpy(), half.scores_without.numpy(), epsilon=promised, delta=delta
+            )
+        threshold = 0.5 + noise
+        shown = empirical_epsilon(
+            half.scores_with, half.scores_without, delta=delta, confidence=0.99, threshold=threshold
+        )
+        assert shown.lower > promised
+
+
+def test_a_real_canary_stays_below_the_promise(federation):
+    _, updates, canary = federation
+    found = audit(updates[60:], canary, 1.0, 10_000, clients_per_round=50, delta=1e-2)
+    scores = found.scores_with.numpy(), found.scores_without.numpy()
+    assert check_private(*scores, epsilon=found.theoretical, delta=1e-2) > 0.4 * found.theoretical
+    same = audit(updates[60:], canary, 1.0, 10_000, clients_per_round=50, delta=1e-2)
+    assert torch.equal(same.scores_with, found.scores_with)
+
+
+# Bad input.
+
+
+class Once(torch.autograd.Function):
+    """What has one derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad.clone()
+
+
+class OneDerivative(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = small()
+
+    def forward(self, x):
+        return Once.apply(self.inside(x))
+
+
+class Blind(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(1, 3))
+
+    def forward(self, x):
+        return self.scores
+
+
+D = UPDATES.shape[1]
+G = torch.ones(D)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: empirical_epsilon([], [1.0]), "scores_with must have at least one score, got none"),
+        (lambda: empirical_epsilon([1.0], np.zeros(0)), "scores_without must have at least one score"),
+        (lambda: empirical_epsilon([1.0], [0.0, math.nan]), "scores_without must not be NaN, score 1 is"),
+        (lambda: empirical_epsilon([[1.0]], [0.0]), r"scores_with must be a vector of numbers, got float64 of shape \(1, 1\)"),
+        (lambda: empirical_epsilon(["a"], [0.0]), "scores_with must be a vector of numbers"),
+        (lambda: empirical_epsilon([1.0], [0.0], delta=1.0), r"delta must be in \[0, 1\), got 1.0"),
+        (lambda: empirical_epsilon([1.0], [0.0], delta=-0.1), r"delta must be in \[0, 1\)"),
+        (lambda: empirical_epsilon([1.0], [0.0], confidence=1), r"confidence must be in \(0, 1\)"),
+        (lambda: empirical_epsilon([1.0], [0.0], threshold="half"), "threshold must be one of 'max'"),
+        (lambda: empirical_epsilon([1.0], [0.0], threshold=math.nan), "threshold must be a number or 'max', got nan"),
+        (lambda: gaussian_epsilon(-1.0, 0.1), "noise_multiplier must be at least 0, got -1.0"),
+        (lambda: gaussian_epsilon(1.0, 1.0), r"delta must be in \[0, 1\)"),
+        (lambda: gaussian_epsilon(1.0, 0.1, accountant="prv"), "accountant must be one of 'exact', 'rdp'"),
+        (lambda: client_updates(small(), []), "clients must hold at least one"),
+        (lambda: client_updates(small(), [rows(3), rows(0)]), "client 1 has 0 and 0"),
+        (lambda: client_updates(small(), [rows(3)[0]]), r"clients must be tensors \(x, y\) each, client 0 is not"),
+        (lambda: client_updates(small(), [(rows(3)[0], rows(4)[1])]), "client 0 has 3 and 4"),
+        (lambda: client_updates(small(), [rows(3)], clip=0.0), "clip must be greater than 0"),
+        (lambda: client_updates(small(), [rows(3)], lr=-1.0), "lr must be greater than 0"),
+        (lambda: client_updates(small(), [rows(3)], local_steps=0), "local_steps must be an integer of at least 1"),
+        (lambda: client_updates(small(), [(rows(3)[0] * math.nan, rows(3)[1])]), "that of client 0 is not"),
+        (lambda: client_updates(small(), [(rows(3)[0], rows(3)[1] + 9)]), "model and loss must take x and y"),
+        (lambda: client_updates(small().requires_grad_(False), [rows(3)]), "model must have a parameter"),
+        (lambda: client_updates(small(), [rows(3)], loss=lambda out, y: out), "loss must return a scalar"),
+        (lambda: craft(small(), UPDATES[:, :-1], ROW, LABEL), rf"design_updates must have shape \(clients, {D}\), as model has parameters, got torch.float32 \(12, {D - 1}\)"),
+        (lambda: craft(small(), UPDATES[:0], ROW, LABEL), "design_updates must have at least one row"),
+        (lambda: craft(small(), UPDATES * math.nan, ROW, LABEL), "design_updates must be finite"),
+        (lambda: craft(small(), UPDATES, rows(2)[0], LABEL), r"x must be one row \(1, ...\)"),
+        (lambda: craft(small(), UPDATES, ROW * math.inf, LABEL), "x must be one row"),
+        (lambda: craft(small(), UPDATES, ROW, LABEL[0]), "y must be the target of one row"),
+        (lambda: craft(small(), UPDATES, ROW, LABEL, n_steps=0), "n_steps must be an integer of at least 1"),
+        (lambda: craft(small(), UPDATES, ROW, LABEL, batch_size=13), "batch_size must be at most 12"),
+        (lambda: craft(small(), UPDATES, ROW, LABEL, clamp=(1.0, 0.0)), "clamp must be a lower and a higher number"),
+        (lambda: craft(small(), UPDATES, ROW, LABEL, norm_floor=-1.0), "norm_floor must be at least 0"),
+        (lambda: craft(small(), UPDATES, ROW, LABEL, clip=0), "clip must be greater than 0"),
+        (lambda: craft(OneDerivative(), UPDATES, ROW, LABEL), "model must have second derivatives: .*once_differentiable"),
+        (lambda: craft(Blind(), torch.ones(2, 3), ROW, LABEL), "model must have a gradient that depends on x"),
+        (lambda: craft(small(), UPDATES, ROW, LABEL, loss=lambda out, y: 0 * out.sum()), "canary_grad must not be zero: the model already fits the canary"),
+        (lambda: craft_text_canary(small(), UPDATES, 3, 5, LABEL, embedding="0"), "embedding must be the name of an nn.Embedding of model, got '0'"),
+        (lambda: craft_text_canary(reader("lstm"), torch.ones(2, 770), 3, 12, LABEL, embedding="tokens"), "vocab_size must be at most 11|design_updates"),
+        (lambda: canary_loss(torch.zeros(4), torch.ones(2, 4)), "canary_grad must not be zero"),
+        (lambda: canary_loss(torch.ones(4), torch.ones(2, 3)), r"updates must have shape \(any, 4\) for canary_grad, got \(2, 3\)"),
+        (lambda: canary_loss(torch.ones(4), torch.ones(0, 4)), "updates must have at least one row"),
+        (lambda: canary_loss(torch.ones(4), torch.ones(2, 4), clip=0.0), "clip must be greater than 0"),
+        (lambda: canary_score(torch.full((4,), math.nan), torch.ones(4)), "canary_grad must be finite"),
+        (lambda: canary_score(torch.ones(4), torch.ones(3)), r"aggregate must have shape \(4\) for canary_grad"),
+        (lambda: canary_score(torch.ones(4), torch.ones(4), clip=-1.0), "clip must be greater than 0"),
+        (lambda: audit(UPDATES, G, 0.3, clients_per_round=13), "clients_per_round must be at most 12"),
+        (lambda: audit(UPDATES, G, 0.3, clients_per_round=0), "clients_per_round must be an integer of at least 1"),
+        (lambda: audit(UPDATES, G[:-1], 0.3, clients_per_round=5), r"updates must have shape .* for canary"),
+        (lambda: audit(UPDATES, G * 0, 0.3, clients_per_round=5), "the model already fits the canary"),
+        (lambda: audit(UPDATES, G, -0.3), "noise_multiplier must be at least 0, got -0.3"),
+        (lambda: audit(UPDATES, G, 0.3, 7, clients_per_round=5), "n_tests must be even, got 7"),
+        (lambda: audit(UPDATES, G, 0.3, clip=0.1, clients_per_round=5), "updates must be clipped to clip=0.1, the longest has norm 1"),
+        (lambda: audit(UPDATES, G, 0.3, delta=1.0, clients_per_round=5), r"delta must be in \[0, 1\)"),
+        (lambda: audit(UPDATES * math.nan, G, 0.3, clients_per_round=5), "updates must be clipped to clip=1.0, the longest has norm nan"),
+    ],
+)  # fmt: skip
+def test_refuses_bad_input_by_name(as_a_user, call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_health_is_the_share_of_the_loss_that_is_gone():
+    one = torch.ones(1, 2)
+    canary = Canary(one, one, one[0], one, one[0], torch.tensor([4.0, 2.0, 1.0]))
+    assert canary.health == 0.75
+    assert Canary(one, one, one[0], one, one[0], torch.zeros(3)).health == 1
