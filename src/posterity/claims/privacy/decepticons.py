@@ -13,8 +13,6 @@ from posterity.privacy import AuditTransformer, LeakageReport, audit_leakage, co
 
 Length = Annotated[int, Between(2, 1024)]
 Noise = Annotated[float, Between(0)]
-# of the gradient that hidden units get: small ones read best, large ones stand noise
-SCALES = (1e-4, 1.0, 10.0)
 
 
 def _fits(data: TextData, sequences: int, length: int, **_: Any) -> None:
@@ -104,7 +102,7 @@ def reads_text(
     arms=("no defence", "little noise", "more noise"),
     metric="share of tokens read at their places",
     better="lower",
-    smallest={"sequences": 2, "length": 8},
+    smallest={"sequences": 2, "length": 8, "scales": (1.0,), "traced": (1e-9,)},
     check=_fits,
 )
 def noise_stops_it(
@@ -115,11 +113,13 @@ def noise_stops_it(
     clip: Positive = 1.0,
     little: Noise = 1e-3,
     more: Noise = 1e-2,
+    scales: tuple[Positive, ...] = (1e-4, 1.0, 10.0),
+    traced: tuple[Positive, ...] = (1e-12, 1e-9, 1e-6),
 ) -> dict[str, float]:
     """Corrupt a model, clip its gradient to ``clip`` and add noise of that much times ``clip``.
 
-    Each arm has the best of three attacks, with more or less gradient for what is read (a server
-    that expects noise would send more). Clipping alone takes nothing away, since reading is blind
+    Each arm has the best of the attacks whose hidden units get so much of the gradient: small ``scales`` read
+    best, large ones stand noise. Clipping alone takes nothing away, since reading is blind
     to scale, as the records say; the curves have far less noise than the arms. Which words there were
     stays readable when their order is lost, and needs more noise: records and curves have that too.
     """
@@ -127,7 +127,7 @@ def noise_stops_it(
     tokens = _batch(text, sequences, length, trial.seed)
     model = _model(text, length, trial)
     rng = torch.Generator().manual_seed(trial.seed)
-    attacks = [corrupt_transformer(model, backward_scale=scale, generator=rng) for scale in SCALES]
+    attacks = [corrupt_transformer(model, backward_scale=scale, generator=rng) for scale in scales]
 
     def best(norm: float | None, noise: float) -> tuple[LeakageReport, float]:
         """Return the best attack's report, and the most words that any attack found."""
@@ -146,10 +146,12 @@ def noise_stops_it(
         report, words = best(norm, noise)
         accuracy[arm] = report.token_accuracy
         trial.record(f"words read, wherever they stood, {arm}", words)
-    for exponent in (-12, -9, -6):
-        report, words = best(clip, 10.0**exponent)
-        trial.track("tokens read at their places, by log10 of noise", exponent, report.token_accuracy)
-        trial.track("words read, by log10 of noise", exponent, words)
+    for noise in traced:
+        report, words = best(clip, noise)
+        trial.track(
+            "tokens read at their places, by log10 of noise", math.log10(noise), report.token_accuracy
+        )
+        trial.track("words read, by log10 of noise", math.log10(noise), words)
     trial.record("clipping alone", best(clip, 0.0)[0].token_accuracy)
     trial.record("the right words in random order", _shuffled(tokens, trial.seed))
     return accuracy
