@@ -71,7 +71,7 @@ def _fits(data: TableData, n_models: int, **_: Any) -> None:
     check=_fits,
 )
 def no_bounds(
-    trial: Trial, data: Table = "long-tailed", target: str | None = None, epsilon: Positive = 1.0986122886681098,
+    trial: Trial, data: Table = "long-tailed", target: str | None = None, epsilon: Positive = 1.0986,
     delta: Delta = 1e-5, n_models: Annotated[int, Between(4)] = 1000,
 ) -> dict[str, float]:  # fmt: skip
     """Fit both on the same four fifths of the rows, with no feature scaled for TukeyEM.
@@ -132,7 +132,7 @@ def _needed(X: ndarray, y: ndarray, sure: float, epsilon: float, delta: float) -
 )
 def models_needed(
     trial: Trial, sizes: tuple[Annotated[int, Between(1000)], ...] = (12_500, 25_000, 50_000, 100_000), n_features: Count = 5,
-    sure: Annotated[float, Between(0.5, 1)] = 0.99, epsilon: Positive = 1.0986122886681098, delta: Delta = 1e-5,
+    sure: Annotated[float, Between(0.5, 1)] = 0.99, epsilon: Positive = 1.0986, delta: Delta = 1e-5,
 ) -> float:  # fmt: skip
     """Count the models that pass with a probability of 0.99, on Gaussian rows and an intercept.
 
@@ -199,7 +199,7 @@ def _told_apart(sets: tuple[ndarray, ndarray], epsilon: float, delta: float, off
     smallest={"n_pairs": 20},
 )
 def promise(
-    trial: Trial, n_models: Annotated[int, Between(8)] = 300, n_pairs: Count = 300, epsilon: Positive = 1.0986122886681098,
+    trial: Trial, n_models: Annotated[int, Between(8)] = 300, n_pairs: Count = 300, epsilon: Positive = 1.0986,
     delta: Delta = 1e-3,
 ) -> float:  # fmt: skip
     """Draw pairs of sets of numbers of many shapes, and sum over all that may be released, "nothing" among it.
