@@ -510,6 +510,10 @@ def test_bad_input_is_refused(as_a_user, call, said):
         ({"sampling": "importance"}, "needs the problem's smoothness"),
         ({"x0": torch.zeros(5, 1)}, r"x0 must be finite, of shape \(d,\)"),
         ({"x0": torch.full((5,), math.nan)}, "x0 must be finite"),
+        (
+            {"x0": torch.zeros(5, dtype=torch.bfloat16)},
+            "x0 must be float32 or float64, small steps vanish in torch.bfloat16",
+        ),
         ({"n_byzantine": 1, "attack": lambda good, f: good}, r"attack must return \(1, 5\)"),
         ({"compressor": lambda v: v[:, :2]}, "compressor must keep the shape"),
     ],
@@ -540,6 +544,22 @@ class _Lying:
         return torch.zeros(self.n_workers, len(x) + 1)
 
     grad = full_grad
+
+
+def test_autocast_inference_mode_and_float32_change_nothing_but_rounding():
+    problem, loss, (X, y) = logistic(gradient=None)
+    narrow = FiniteSum(loss, (X.float(), y.float()), n_workers=4)
+    plain = byz_vr_marina(narrow, torch.zeros(5), lr=0.5, n_steps=50, batch_size=20, generator=rng())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = byz_vr_marina(narrow, torch.zeros(5), lr=0.5, n_steps=50, batch_size=20, generator=rng())
+    assert torch.equal(plain.x, mixed.x) and plain.x.dtype == torch.float32
+    with torch.inference_mode():
+        still = byz_vr_marina(narrow, torch.zeros(5), lr=0.5, n_steps=50, batch_size=20, generator=rng())
+    assert torch.equal(plain.x, still.x)
+    exact = byz_vr_marina(
+        problem, torch.zeros(5, dtype=torch.float64), lr=0.5, n_steps=50, batch_size=20, generator=rng()
+    )
+    assert torch.allclose(plain.x.double(), exact.x, atol=1e-5)
 
 
 def test_too_many_liars_for_the_buckets_are_warned_about():

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from posterity._checks import at_least, floating, integer, one_of, within
+from posterity._precision import NARROW
 from posterity._random import draw_device
 from posterity.federated._flower import strategy
 from posterity.federated.finite_sum import Problem
@@ -92,6 +93,8 @@ class _Round:
             raise ValueError("sampling='importance' needs the problem's smoothness, a constant a row")
         if floating("x0", x0).ndim != 1 or not bool(torch.isfinite(x0).all()):
             raise ValueError(f"x0 must be finite, of shape (d,), got shape {tuple(x0.shape)}")
+        if x0.dtype in NARROW:
+            raise ValueError(f"x0 must be float32 or float64, small steps vanish in {x0.dtype}")
         if aggregator is None and self.f and 4 * self.f >= n:
             warnings.warn(
                 f"with {self.f} of {n} workers lying, half of the buckets of two may be bad: nothing is guaranteed",
@@ -184,6 +187,7 @@ def _bucketed_median(generator: torch.Generator | None) -> Aggregator:
     return lambda vectors: coordinate_median(bucketing(vectors, 2, generator=generator))
 
 
+@torch.inference_mode(False)
 def byz_vr_marina(
     problem: Any,
     x0: Float[Tensor, " d"],
@@ -208,7 +212,7 @@ def byz_vr_marina(
         Or any object with ``grad(x, idx)``, ``full_grad(x)``, ``n_samples`` and ``n_workers``, the
         honest ones.
     x0 : Tensor of shape (d,)
-        Where to begin, of the dtype of the data.
+        Where to begin, of the dtype of the data, float32 or float64; computed outside autocast.
     lr : float
         Positive; see `step_size`.
     n_steps : int
@@ -282,7 +286,7 @@ def byz_vr_marina(
         )
         p = min(batch_size / problem.n_samples, kept)
     p = within("p", p, 0.0, 1.0, open_low=True)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
         x = x0.detach().clone()
         good = run.full(x)
         _fitting(good, problem, x)
@@ -301,6 +305,7 @@ def byz_vr_marina(
     return run.result(x)
 
 
+@torch.inference_mode(False)
 def byz_sgd(
     problem: Any,
     x0: Float[Tensor, " d"],
@@ -345,7 +350,7 @@ def byz_sgd(
     run = _Round(problem, x0, lr, n_steps, n_byzantine, batch_size, aggregator, attack, sampling, generator)
     within("momentum", momentum, 0.0, 1.0, open_high=True)
     memory: Tensor | None = None
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
         x = x0.detach().clone()
         for now in range(n_steps):
             fresh = run.grad(x, *run.draw(x.device))

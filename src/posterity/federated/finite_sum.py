@@ -124,6 +124,7 @@ class FiniteSum:
         except IndexError as error:
             raise ValueError(f"idx must be in [0, {self.n_samples}): {error}") from error
 
+    @torch.inference_mode(False)
     def grad(
         self,
         x: Float[Tensor, " d"],
@@ -146,6 +147,7 @@ class FiniteSum:
         """
         return self._of_batch(x, self._rows(idx), weights)
 
+    @torch.inference_mode(False)
     def change(
         self,
         x: Float[Tensor, " d"],
@@ -172,6 +174,7 @@ class FiniteSum:
         twice = tuple(torch.cat([part, part]) for part in rows)
         return torch.sub(*self._backward(points, twice).chunk(2))
 
+    @torch.inference_mode(False)
     def full_grad(self, x: Float[Tensor, " d"]) -> Float[Tensor, "workers d"]:
         """Return the gradient of each worker's mean loss on all of its rows.
 
@@ -208,6 +211,6 @@ class FiniteSum:
     def _backward(self, points: Tensor, batches: tuple[Tensor, ...]) -> Tensor:
         """Return the gradient at each point on its batch: the loss is mapped, one backward pass has all."""
         floating("x", points)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             each = points.detach().clone().requires_grad_()
             return torch.autograd.grad(torch.func.vmap(self.loss)(each, *batches).sum(), each)[0]

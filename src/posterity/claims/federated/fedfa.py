@@ -66,17 +66,16 @@ def _accuracy(net: nn.Module, parts: Sequence[Sequence[Tensor]]) -> float:
 
 
 def _federations(
-    trial: Trial, data: str, unseen: int, n_train: int, rounds: int, lr: float
-) -> dict[str, tuple[float, float]]:
-    """Return the accuracy of each arm's global model on clients that took part, and on those that did not."""
+    trial: Trial, data: str, unseen: int, n_train: int, rounds: int, lr: float, *, strangers: bool
+) -> dict[str, float]:
+    """Return the accuracy of each arm's global model on clients that took part, or on those that did not."""
     found = load_clients(data, seed=trial.seed)
     x, y = torch.from_numpy(found.x).to(trial.device), torch.from_numpy(found.y).to(trial.device)
     rng = np.random.default_rng(trial.seed)
     rows = [rng.permutation(np.flatnonzero(found.client == k)) for k in range(len(found.names))]
     seen, others = rows[: len(rows) - unseen], rows[len(rows) - unseen :]
     train = [(x[own[:n_train]], y[own[:n_train]]) for own in seen]
-    test = [(x[own[n_train:]], y[own[n_train:]]) for own in seen]
-    strangers = [(x[own], y[own]) for own in others]
+    test = [(x[own], y[own]) for own in (others if strangers else (own[n_train:] for own in seen))]
     results = {}
     for arm in ARMS:
         net = _net(x.shape[1], min(x.shape[2:]), len(found.classes), trial.seed).to(trial.device)
@@ -92,7 +91,7 @@ def _federations(
             aggregate=fedfa_aggregate if arm == "fedfa" else aggregate, weights=[1.0] * len(train),
             generator=torch.Generator().manual_seed(trial.seed), callback=watch,
         )  # fmt: skip
-        results[arm] = _accuracy(server, test), _accuracy(server, strangers) if strangers else 0.0
+        results[arm] = _accuracy(server, test)
     return results
 
 
@@ -128,7 +127,7 @@ def feature_shift(
 
     Both arms share initial weights, batches and the rate, which of 0.05, 0.1 and 0.2 is the better for each.
     """
-    return {arm: seen for arm, (seen, _) in _federations(trial, data, unseen, n_train, rounds, lr).items()}
+    return _federations(trial, data, unseen, n_train, rounds, lr, strangers=False)
 
 
 @comparison(
@@ -150,4 +149,4 @@ def unseen_clients(
     lr: Positive = 0.2,
 ) -> dict[str, float]:
     """Compare the same federations on the clients that took no part."""
-    return {arm: other for arm, (_, other) in _federations(trial, data, unseen, n_train, rounds, lr).items()}
+    return _federations(trial, data, unseen, n_train, rounds, lr, strangers=True)
