@@ -117,6 +117,7 @@ def _fits(data: ClientData, unseen: int, n_train: int, **_: Any) -> None:
     metric="accuracy of the global model, mean over clients that took part",
     better="higher",
     smallest={"rounds": 2},
+    seeds=10,
     check=_fits,
 )
 def feature_shift(
