@@ -370,11 +370,11 @@ def test_compressed_and_importance_sampled_messages_reach_the_optimum_too():
     _, least = optimum(loss, data)
     start = torch.zeros(5, dtype=torch.float64)
     compressed = byz_vr_marina(
-        problem, start, lr=0.4, n_steps=900, n_byzantine=2, attack=ipm, batch_size=12, generator=rng(),
+        problem, start, lr=0.4, n_steps=700, n_byzantine=2, attack=ipm, batch_size=12, generator=rng(),
         compressor=functools.partial(rand_k, k=2, generator=rng(1)),
     )  # fmt: skip
     weighed = byz_vr_marina(
-        smooth, start, lr=1.0, n_steps=300, n_byzantine=2, attack=alie, batch_size=12, sampling="importance",
+        smooth, start, lr=1.0, n_steps=250, n_byzantine=2, attack=alie, batch_size=12, sampling="importance",
         generator=rng(),
     )  # fmt: skip
     for found in (compressed, weighed):
