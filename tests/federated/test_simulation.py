@@ -68,6 +68,21 @@ def test_full_batches_of_one_step_are_the_gradient_of_all_rows():
     assert torch.allclose(ours.weight, net.weight - 0.1 * net.weight.grad, atol=1e-12)
 
 
+def test_a_lone_last_row_is_left_out_and_single_rows_are_trained_on_where_they_are_asked_for():
+    def steps(n, batch_size):
+        net, seen = nn.Linear(3, 2), []
+        local_sgd(
+            net, rows(0, n), torch.Generator().manual_seed(0), batch_size=batch_size,
+            loss=lambda out, y: (seen.append(len(y)), F.cross_entropy(out, y))[1],
+        )  # fmt: skip
+        return seen
+
+    assert steps(9, 4) == [4, 4]
+    assert steps(10, 4) == [4, 4, 2]
+    assert steps(3, 1) == [1, 1, 1]
+    assert steps(1, 4) == [1]
+
+
 def test_a_seed_is_a_run_and_rounds_draw_who_takes_part():
     clients = [rows(k) for k in range(6)]
     seen = []

@@ -159,7 +159,7 @@ def local_sgd(
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=generator).to(x.device)
         for batch in order.split(batch_size):
-            if len(batch) == 1 < len(x):
+            if len(batch) == 1 < min(len(x), batch_size):
                 continue
             optimizer.zero_grad()
             loss(model(x[batch]), y[batch]).backward()
