@@ -225,6 +225,16 @@ def test_layers_are_put_after_named_modules_of_a_copy_that_computes_the_same():
     assert not torch.equal(twin.train()(x), net(x))
 
 
+@pytest.mark.parametrize("after", [["0", "0.1", "1"], ["1", "0.1", "0", "0"]])
+def test_a_module_inside_another_has_a_layer_too(after):
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(1, 5, 3), nn.Conv2d(5, 6, 1)), nn.Conv2d(6, 7, 3))
+    x = features(2, 1, 8, 8, dtype=torch.float32)
+    twin = insert_ffa(net, after, sample_input=x, p=1.0)
+    kinds = [type(m).__name__ for m in twin.modules() if not isinstance(m, nn.Sequential)]
+    assert kinds == ["Conv2d", "Conv2d", "FFALayer", "FFALayer", "Conv2d", "FFALayer"]
+    assert torch.equal(twin.eval()(x), net.eval()(x))
+
+
 def test_flower_does_what_the_function_does(replies):
     states = sent()
     arrays, metrics = fedfa_strategy(fraction_evaluate=0.0).aggregate_train(1, replies(states))

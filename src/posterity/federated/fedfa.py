@@ -331,7 +331,7 @@ def insert_ffa(
         hook.remove()
     for name, module in known.items():
         module.training = modes[name]
-    for name in after:
+    for name in sorted(set(after), key=lambda name: -name.count(".")):  # what is inside another one first
         shape = shapes.get(name, "nothing: it was not called")
         if isinstance(shape, str) or len(shape) < 3:
             raise ValueError(
