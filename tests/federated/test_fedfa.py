@@ -56,7 +56,6 @@ def test_what_comes_out_standardised_is_plus_or_minus_what_went_in_standardised(
     before, after = standardised(x), standardised(layer(x, generator()))
     sign = torch.sign((before * after).sum((2, 3), keepdim=True))
     assert torch.allclose(after, sign * before, atol=1e-9)
-    assert (sign < 0).any() or (sign > 0).all()
 
 
 def test_means_and_deviations_are_jittered_as_much_as_the_equation_says():

@@ -130,7 +130,8 @@ def test_rejections_end_in_forced_steps():
     )
     # 0.4, then a step clipped to the end: rejected twice, after which all is accepted
     assert clipped.forced
-    assert clipped.actions[-4:] != (0, 0, 0, 0)
+    assert clipped.actions == (2, 0, 1, 0, 1)
+    assert clipped.step_sizes == pytest.approx((0.4, 0.6, 0.3, 0.3, 0.3))
 
 
 def test_the_batch_decides_by_its_mean_and_in_eval_each_alone():
