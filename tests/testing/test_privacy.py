@@ -41,3 +41,21 @@ def test_the_bound_is_wrong_as_rarely_as_it_says():
     ]  # 95 %: at most 15 of 150 but for one case in a hundred
     wrong = sum(check_private(a, b, epsilon=np.inf, confidence=0.95) > 1.0 for a, b in runs)
     assert wrong <= 15
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"here": []}, "here must be at least 4 scores without NaN, got 0"),
+        ({"there": [1.0, 2.0, np.nan, 3.0]}, "there must be at least 4 scores without NaN"),
+        ({"delta": 1.0}, "delta must be in"),
+        ({"confidence": 1.0}, "confidence must be in"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(as_a_user, change, said):
+    with pytest.raises(ValueError, match=said):
+        check_private(**{"here": [0.0] * 9, "there": [1.0] * 9, "epsilon": 1.0, **change})
+
+
+def test_infinite_scores_and_counts_are_scores():
+    assert check_private([np.inf, *range(9)], [-np.inf, *range(9)], epsilon=5.0) == 0

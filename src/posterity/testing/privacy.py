@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import beta
 
+from posterity._checks import within
+
 __all__ = ["check_private"]
 
 
@@ -40,8 +42,18 @@ def check_private(
     -------
     float
         The lower bound, at least 0.
+
+    Raises
+    ------
+    ValueError
+        For fewer than four scores, NaN among them, or a delta or confidence outside [0, 1).
     """
+    within("delta", delta, 0.0, 1.0, open_high=True)
+    within("confidence", confidence, 0.0, 1.0, open_high=True)
     first, second = (np.asarray(scores, float).ravel() for scores in (here, there))
+    for name, scores in (("here", first), ("there", second)):
+        if len(scores) < 4 or np.isnan(scores).any():
+            raise ValueError(f"{name} must be at least 4 scores without NaN, got {len(scores)}")
     wrong = (1 - confidence) / 4  # two ways round, two limits each
     bound = 0.0
     for likely, rare in ((first, second), (second, first)):
