@@ -178,6 +178,9 @@ def test_what_is_dropped_counts_among_the_liars():
     broken = torch.cat([x, torch.full((2, 4), math.nan, dtype=torch.float64)])
     assert torch.allclose(trimmed_mean(broken, 3, nonfinite="drop"), trimmed_mean(x, 1))
     assert torch.allclose(krum(broken, 3, nonfinite="drop"), krum(x, 1))
+    for aggregate in (trimmed_mean, krum):
+        with pytest.raises(ValueError, match="must be at least the 2 of vectors with NaN or infinity, got 1"):
+            aggregate(broken, 1, nonfinite="drop")
 
 
 @robust

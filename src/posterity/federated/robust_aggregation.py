@@ -48,6 +48,14 @@ def _vectors(name: str, value: Tensor, nonfinite: str = "raise") -> Tensor:
     return value[good] if bad else value
 
 
+def _dropped(vectors: Tensor, kept: Tensor, name: str, most: int) -> int:
+    """Return how many vectors were left out, no more than were said to lie."""
+    count = len(vectors) - len(kept)
+    if count > most:
+        raise ValueError(f"{name} must be at least the {count} of vectors with NaN or infinity, got {most}")
+    return count
+
+
 def _in_units(vectors: Tensor) -> tuple[Tensor, float]:
     """Return vectors in units in which no square overflows or vanishes, and the unit; mostly 1."""
     peak = max(map(abs, map(float, vectors.detach().aminmax()))) if vectors.numel() else 1.0
@@ -202,7 +210,7 @@ def trimmed_mean(vectors: Vectors, n_trim: int, *, nonfinite: NonFinite = "raise
     kept = _vectors("vectors", vectors, nonfinite)
     if 2 * integer("n_trim", n_trim, 0) >= len(vectors):
         raise ValueError(f"n_trim must be less than half of {len(vectors)} vectors, got {n_trim}")
-    n_trim = max(0, n_trim - (len(vectors) - len(kept)))
+    n_trim -= _dropped(vectors, kept, "n_trim", n_trim)
     return _sorted(kept)[n_trim : len(kept) - n_trim].mean(0)
 
 
@@ -247,6 +255,7 @@ def krum(
     """
     kept, n = _vectors("vectors", vectors, nonfinite), len(vectors)
     near = n - integer("n_byzantine", n_byzantine, 0) - 2
+    _dropped(vectors, kept, "n_byzantine", n_byzantine)
     if near < 1:
         raise ValueError(f"n_byzantine must be at most {n - 3} for {n} vectors, got {n_byzantine}")
     most = min(n - n_byzantine, len(kept))
