@@ -145,6 +145,12 @@ BROKEN = {
         "four different words": ("to be or not " * 9, "at least 20 words, 5 of them different"),
         "no word": ("?! ...", "has no word"),
     },
+    "examples": {
+        "a single row": (features(1), "at least 10 inputs"),
+        "equal rows": (features(x=np.ones((60, 5))), "all inputs are the same"),
+        "a short text": ("to be or not is " * 4, "at least 640 characters are needed"),
+        "a single word": ("word", "at least 20 words"),
+    },
 }  # fmt: skip
 LEAST = {
     "table": table(12, target=list("yn") * 6, town=list("uuvv") * 3),
@@ -157,6 +163,7 @@ LEAST = {
     "instrumented": instrumented(80, treatment=np.where(np.arange(80) % 10 < 5, 1, np.arange(80) % 2)),
     "graph": graph(24),
     "text": "to be or not is " * 4,
+    "examples": features(20, y=np.arange(20) % 2),
 }
 
 

@@ -23,6 +23,7 @@ FILLS = (
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 NUMBERS = (0.5, 1.0, 0.0, 2.0, -1.0, float("nan"), float("inf"), 1e-12, 1e12)
+LOSSES = ("loss_fn", "output_loss", "sample_loss")
 CAPPED = 20  # a default beyond it means long work: fewer are drawn
 
 
@@ -44,6 +45,15 @@ class Net(nn.Module):
 
     def extra_repr(self):
         return ""
+
+
+def loss(*given):
+    """Return a user's loss: the mean square of all numbers that it is given, of a network's parameters among them."""
+    parts = [
+        part for each in given for part in (each.parameters() if isinstance(each, nn.Module) else [each])
+    ]
+    parts = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+    return sum((part.square().mean() for part in parts), torch.zeros(()))
 
 
 class Drawing:
@@ -124,7 +134,7 @@ class Drawing:
         if annotation is collections.abc.Iterable:
             return list(range(self.size))
         if origin is collections.abc.Callable:
-            return self.callable(parts, depth)
+            return loss if name in LOSSES else self.callable(parts, depth)
         if annotation is typing.Any:
             return self.anything(name)
         if inspect.isclass(annotation):
@@ -147,6 +157,12 @@ class Drawing:
         What is called with anything is a network of the domain that takes what the function takes.
         """
         arguments = parts[0]
+        if parts[1] is torch.optim.Optimizer:
+            return torch.optim.SGD
+        if arguments is not Ellipsis and arguments[:1] == [torch.Size]:
+            return lambda shape, *_: torch.zeros(shape)
+        if arguments == [torch.Generator]:
+            return lambda generator: torch.randn(self.size, generator=generator)
         if arguments is Ellipsis and parts[1] is typing.Any:
             alike = [net for net in self.others if _is_net(net) and _shares(net, self.names)]
             return self.instance(self.pick(alike), depth + 1) if alike else self.cast(Net(self.size))
@@ -204,6 +220,14 @@ class Drawing:
             return self.ndarray((n, 2), torch.float32)
         if name == "random_state":
             return 0
+        if name == "params":  # of an optimiser
+            dtype = self.dtype if self.dtype.is_floating_point else torch.float32
+            params = [
+                self.tensor((n, d), dtype).detach().requires_grad_() for _ in range(self.pick((2, 1, 0)))
+            ]
+            for p in params:
+                p.grad = torch.ones_like(p)
+            return params
         if name == "data":
             data = __import__("torch_geometric.data", fromlist=["Data"])
             x, y = self.tensor((n, d), self.dtype), self.tensor((n,), torch.int64)

@@ -15,6 +15,7 @@ from torch import Tensor
 THEIRS = (
     "sklearn",
     "torch/nn",
+    "torch/optim",
     "fuzz/drawing.py",
 )  # whose words are not ours: scikit-learn's, torch's, the user's
 

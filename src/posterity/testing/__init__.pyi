@@ -5,6 +5,7 @@ from posterity.testing.layer import check_layer as check_layer
 from posterity.testing.loss import check_loss as check_loss
 from posterity.testing.metric import check_metric as check_metric
 from posterity.testing.neural_process import check_neural_process as check_neural_process
+from posterity.testing.optimizer import check_optimizer as check_optimizer
 from posterity.testing.parity import Parity as Parity
 from posterity.testing.parity import check_parity as check_parity
 from posterity.testing.privacy import check_private as check_private
