@@ -288,7 +288,7 @@ def test_it_learns_inside_no_grad_and_inference_mode_in_low_precision_and_under_
     for context in (torch.no_grad, torch.inference_mode):
         trainer = make()
         with context():
-            trainer.learn(x, y)
+            trainer.learn(x.clone(), y)
         assert torch.equal(trainer.layers[0][0].weight, alone.layers[0][0].weight)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         low = make(optimizer=torch.optim.SGD).to(dtype)

@@ -205,7 +205,7 @@ class ForwardTrainer(nn.Module):
         losses: dict[str, float] = {}
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        h = x.detach()
+        h = x.clone() if x.is_inference() else x.detach()
         with torch.enable_grad():
             for k, layer in enumerate(self.layers):
                 h = layer(h.detach())

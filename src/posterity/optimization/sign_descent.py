@@ -50,7 +50,11 @@ class _Descent(Optimizer):
         at_least("weight_decay", settings["weight_decay"], 0.0)
         self._check(settings)
         super().add_param_group(param_group)
-        real(self.param_groups[-1]["params"])
+        try:
+            real(self.param_groups[-1]["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -116,6 +116,7 @@ def _final_loss(
     metric="log training loss of the wide network: at the narrow one's best rate, less at its own",
     better="lower",
     smallest={"wide": 128, "steps": 10, "lowest": -5, "n": 200, "batch_size": 32},
+    seeds=10,
     check=_fits,
 )
 def transfer(

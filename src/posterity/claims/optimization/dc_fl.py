@@ -162,6 +162,7 @@ def _beside(x: np.ndarray, seed: int) -> np.ndarray:
     metric="test accuracy, another image beside each",
     better="higher",
     smallest={"epochs": 1, "n_train": 100, "width": 32},
+    reason="Three layers on small images: with its rate tuned the rival is as accurate, in narrower layers more so; the paper's gap is that of deep networks on photographs.",
     check=_fits,
 )
 def distractor(
