@@ -27,26 +27,34 @@ def tridiagonal(
     basis = start.new_empty(n_iter, len(start))
     alpha, beta = start.new_empty(n_iter), start.new_empty(n_iter)
     tiny = max(1e-10, 32 * torch.finfo(start.dtype).eps)
-    vector, size = start / torch.linalg.vector_norm(start), 0.0
+    torch.div(start, torch.linalg.vector_norm(start), out=basis[0])
+    size = 0.0
     for k in range(n_iter):
-        basis[k] = vector
+        vector = basis[k]
         image = matvec(vector)
         if image.shape != start.shape:
             raise ValueError(
                 f"matvec must return shape {tuple(start.shape)} as it is given, got {tuple(image.shape)}"
             )
         alpha[k] = image @ vector
-        known = basis[: k + 1] if reorthogonalize else basis[max(0, k - 1) : k + 1]
-        for _ in range(2 if reorthogonalize else 1):  # once leaves what rounding put back
-            image = image - (known @ image) @ known
+        near, known = basis[max(0, k - 1) : k + 1], basis[: k + 1]
+        image = torch.addmv(image, near.T, near @ image, alpha=-1)  # all there is but for rounding
         beta[k] = torch.linalg.vector_norm(image)
         found, length = float(alpha[k]), float(beta[k])
         if not (abs(found) < float("inf") and length < float("inf")):
             raise ValueError(f"matvec must return finite products, got NaN or infinity in iteration {k + 1}")
+        for _ in range(2 if reorthogonalize else 0):
+            before = length
+            image.addmv_(known.T, known @ image, alpha=-1)
+            beta[k] = torch.linalg.vector_norm(image)
+            length = float(beta[k])
+            if length > 0.7 * before:  # else rounding was most of it, and what is left goes once more
+                break
         size = max(size, abs(found), length)
         if length <= tiny * size:
             return alpha[: k + 1], beta[:k], basis[: k + 1]
-        vector = image / beta[k]
+        if k + 1 < n_iter:
+            torch.div(image, length, out=basis[k + 1])
     return alpha, beta[:-1], basis
 
 
