@@ -134,7 +134,8 @@ def _charts(row: dict[str, Any], curves: Curves) -> list[tuple[str, Markup]]:
             if several
             else "seed " + str((row["seeds"] or ["-"])[0])
         )
-        figure = figures.curves(chart or "by arm", lines, across, up)
+        # named with the claim, since two of them may track the same
+        figure = figures.curves(f"{row['claim']}, {chart or 'by arm'}", lines, across, up)
         drawn.append((f"What the trials tracked, {chart or 'by arm'}: {how}.", Markup(figure)))
     return drawn
 
