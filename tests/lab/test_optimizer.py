@@ -59,10 +59,7 @@ def test_every_optimiser_of_the_domain_stands_beside_the_ordinary_ones():
 def test_every_entry_is_scored_on_every_kind_of_examples(files, kind):
     target = "kind" if kind == "table.csv" else None
     for name, each in entries("optimizer").items():
-        score = TASK.score(each.fit, 0, str(files / kind), target, budget=4)
-        assert 0 <= score < 1e6, name
-        for measure in ("evaluations", "seconds"):
-            assert TASK.score(each.fit, 0, str(files / kind), target, measure=measure, budget=2) > 0, name
+        assert 0 <= TASK.score(each.fit, 0, str(files / kind), target, budget=3) < 1e6, name
 
 
 def test_a_budget_counts_gradient_evaluations_and_a_dear_step_is_taken_less_often():

@@ -84,7 +84,7 @@ def _ends(trial: Trial, kind: Kind, factor: float, rho: float, lr: float, time: 
     arms=("1-SAM", "n-SAM"),
     metric="largest eigenvalue of the Hessian at the end",
     better="lower",
-    smallest={"time": 0.04},
+    smallest={"time": 0.02},
 )
 def worst_direction(
     trial: Trial, rho: Positive = 0.2, lr: Positive = 0.01, time: Positive = 4.0
@@ -103,7 +103,7 @@ def worst_direction(
     arms=("n-SAM", "1-SAM"),
     metric="trace of the Hessian at the end",
     better="lower",
-    smallest={"time": 0.04},
+    smallest={"time": 0.02},
 )
 def average_direction(
     trial: Trial, rho: Positive = 0.2, lr: Positive = 0.01, time: Positive = 4.0
@@ -119,7 +119,7 @@ def average_direction(
     where="Wen et al., Section 4",
     metric="1 - |cosine of gradient and top eigenvector|, mean of the last tenth of steps",
     limit=0.05,
-    smallest={"time": 0.04},
+    smallest={"time": 0.02},
 )
 def aligns(trial: Trial, rho: Positive = 0.2, lr: Positive = 0.01, time: Positive = 4.0) -> float:
     """Measure the angle every tenth step of the same drift (no real data)."""

@@ -2,7 +2,7 @@
 
 A network is trained for a budget of gradient evaluations of one batch, whichever way they are spent:
 an optimiser that takes two a step takes half as many steps. Every entry tries as many settings, and
-keeps the one of the least loss on a validation part. The network is a small convolutional one for
+keeps the one of the least loss on a validation part, of 500 inputs at most. The network is a small convolutional one for
 images, a fully connected one for rows, and for text a causal transformer that predicts the next character.
 
 Rates fall linearly to 0 over the budget, for every entry that has them.
@@ -35,6 +35,7 @@ Part = tuple[Tensor, Tensor]
 
 SETTINGS = 4  # that each entry tries
 BATCH, LENGTH, LOOKS = 64, 32, 25  # samples a step, characters a sequence, looks at the validation part
+SEEN = 500  # of it at a look, at most
 
 
 class CharacterModel(nn.Module):
@@ -197,7 +198,8 @@ def _characters(text: TextData, seed: int) -> tuple[list[Part], int, float]:
     written = " ".join(text.vocabulary[k] for k in text.tokens)
     known, codes = np.unique(np.array(list(written)), return_inverse=True)
     codes, n = torch.from_numpy(codes), len(written)
-    pieces = codes[: n * 8 // 10], codes[n * 8 // 10 : n * 9 // 10], codes[n * 9 // 10 :]
+    first, last = n * 8 // 10, n * 9 // 10
+    pieces = codes[:first], codes[first : min(last, first + SEEN * LENGTH + 1)], codes[last:]
     parts = []
     for piece in pieces:
         rows = piece[: (len(piece) - 1) // LENGTH * LENGTH].reshape(-1, LENGTH)
@@ -213,8 +215,9 @@ def _characters(text: TextData, seed: int) -> tuple[list[Part], int, float]:
 
 def _classes(images: ImageData, seed: int) -> tuple[list[Part], int, float]:
     """Return inputs and labels in three parts, and the loss of a linear model on the second."""
-    chosen = split(len(images.y), (0.6, 0.2, 0.2), seed, stratify=images.y)
-    x = standardised(images.x, chosen[0])
+    train, choose, test = split(len(images.y), (0.6, 0.2, 0.2), seed, stratify=images.y)
+    chosen = train, choose[:SEEN], test
+    x = standardised(images.x, train)
     (a, ya), (b, yb) = [(x[rows].reshape(len(rows), -1), images.y[rows]) for rows in chosen[:2]]
     linear = LogisticRegression(C=0.1, max_iter=300).fit(a, ya)
     sure = np.full((len(b), len(images.classes)), 1e-12)
