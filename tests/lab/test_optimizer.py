@@ -180,3 +180,10 @@ def test_bad_settings_and_a_target_of_what_has_none_are_refused(files):
         compare("optimizer", data=str(files / "text.txt"), target="kind")
     with pytest.raises(ValueError, match="no choice of a target"):
         compare("optimizer", data="sklearn-descr", target="kind")
+    pd.DataFrame({"a": np.arange(5100.0), "price": np.arange(5100) // 5}).to_csv(
+        files / "prices.csv", index=False
+    )
+    with pytest.raises(
+        ValueError, match="at most 1000 classes are told apart, has 1020: is the target a number"
+    ):
+        compare("optimizer", data=str(files / "prices.csv"), target="price")

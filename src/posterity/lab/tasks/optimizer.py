@@ -36,6 +36,7 @@ Part = tuple[Tensor, Tensor]
 SETTINGS = 4  # that each entry tries
 BATCH, LENGTH, LOOKS = 64, 32, 25  # samples a step, characters a sequence, looks at the validation part
 SEEN = 500  # of it at a look, at most
+MOST = 1000  # classes
 
 
 class CharacterModel(nn.Module):
@@ -261,6 +262,10 @@ def _needs(examples: ImageData | TextData, **_: Any) -> None:
             raise ValueError(f"at least {20 * LENGTH} characters are needed, has {n}")
     elif len(examples.y) < 20:
         raise ValueError(f"at least 20 inputs are needed, has {len(examples.y)}")
+    elif len(examples.classes) > MOST:
+        raise ValueError(
+            f"at most {MOST} classes are told apart, has {len(examples.classes)}: is the target a number?"
+        )
 
 
 TASK = Task(
