@@ -233,9 +233,9 @@ def recomputed(model, result, x, y, normalize=True):
 def test_a_search_never_rises_ends_where_it_says_and_touches_nothing(method, dtype):
     (x, y), net = task(20, 3, dtype), perceptron(dtype, 3)
     before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    options = {"method": method, "population": 64, "patience": 5, "max_steps": 60, "stop_accuracy": None}
+    options = {"method": method, "population": 64, "patience": 5, "max_steps": 25, "stop_accuracy": None}
     one, two = (population_search(net, x, y, generator=seeded(), **options) for _ in range(2))
-    assert len(one.history) == 60
+    assert len(one.history) == 25
     assert (one.history.diff() <= 0).all()
     assert one.loss == one.history[-1] < one.history[0]
     tol = 1e-6 if dtype != torch.bfloat16 else 0.02
