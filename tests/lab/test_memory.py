@@ -1,8 +1,7 @@
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from posterity.lab.memory import peak_bytes
+from posterity.lab.memory import checkpointed, peak_bytes
 
 
 def layers(depth):
@@ -34,10 +33,9 @@ def test_back_propagation_keeps_every_activation_checkpointing_only_the_borders(
         h.sum().backward()
 
     def halves(net):
-        h = x
-        for layer in net[: len(net) // 2], net[len(net) // 2 :]:
-            h = checkpoint(nn.Sequential(*layer), h, use_reentrant=False)
-        h.sum().backward()
+        checkpointed(
+            [nn.Sequential(*net[: len(net) // 2]), nn.Sequential(*net[len(net) // 2 :])], x
+        ).sum().backward()
 
     # a layer has its weight and what tanh gave; gradients of weights come as activations go, and
     # when the first half is computed again the second half has them

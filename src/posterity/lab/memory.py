@@ -5,14 +5,16 @@ leaves out what a kernel needs inside itself.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["peak_bytes"]
+__all__ = ["checkpointed", "peak_bytes"]
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:
@@ -38,6 +40,24 @@ def peak_bytes(step: Callable[[], Any]) -> int:
     with _Counting() as count:
         step()
     return count.peak
+
+
+def checkpointed(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Return what layers make of x one after the other, keeping only what passes between them.
+
+    Parameters
+    ----------
+    layers : iterable of nn.Module
+        Each is run again when the gradient comes back.
+    x : Tensor
+
+    Returns
+    -------
+    Tensor
+    """
+    for layer in layers:
+        x = checkpoint(layer, x, use_reentrant=False)  # type: ignore[assignment]
+    return x
 
 
 class _Counting(TorchDispatchMode):

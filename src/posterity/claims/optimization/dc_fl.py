@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from posterity.claims import Between, Count, Trial, bound, comparison
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
-from posterity.lab.memory import peak_bytes
+from posterity.lab.memory import checkpointed, peak_bytes
 from posterity.lab.nets import seeded
 from posterity.optimization import ForwardTrainer
 
@@ -208,21 +207,12 @@ def memory(
         made = [part.to(trial.device) for part in _layers(x[0].numel(), width, layers, trial.seed)]
         trainer = ForwardTrainer(made, len(images.classes), optimizer=torch.optim.SGD).to(trial.device)
         peaks.append(peak_bytes(lambda trainer=trainer: trainer.learn(x, y)))
-        net = nn.Sequential(*made, nn.Linear(width, len(images.classes), device=trial.device))
-        for name, step in (("back-propagation", _step), ("checkpointing", _checkpointed)):
+        net = nn.Sequential(*made)
+        read = nn.Linear(width, len(images.classes), device=trial.device)
+        for name, run in (("back-propagation", net), ("checkpointing", partial(checkpointed, net))):
             net.zero_grad()
-            trial.track(f"peak bytes: {name}", layers, peak_bytes(lambda net=net, step=step: step(net, x, y)))
+            read.zero_grad()
+            peak = peak_bytes(lambda read=read, run=run: F.cross_entropy(read(run(x)), y).backward())
+            trial.track(f"peak bytes: {name}", layers, peak)
         trial.track("peak bytes: DCL", layers, peaks[-1])
     return peaks[-1] / peaks[0]
-
-
-def _step(net: nn.Sequential, x: Tensor, y: Tensor) -> None:
-    F.cross_entropy(net(x), y).backward()
-
-
-def _checkpointed(net: nn.Sequential, x: Tensor, y: Tensor) -> None:
-    """Back-propagate and keep what passes between layers only."""
-    *layers, read = net
-    for layer in layers:
-        x = checkpoint(layer, x, use_reentrant=False)  # type: ignore[assignment]
-    F.cross_entropy(read(x), y).backward()

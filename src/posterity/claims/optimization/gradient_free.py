@@ -1,6 +1,7 @@
 """Claims about search without gradients: at equal loss it generalises as SGD does, and its memory is flat in depth."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -8,11 +9,10 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from posterity.claims import Between, Count, Positive, Trial, bound, comparison, trend
 from posterity.lab.data import ImageData, Images, load_images
-from posterity.lab.memory import peak_bytes
+from posterity.lab.memory import checkpointed, peak_bytes
 from posterity.lab.nets import seeded
 from posterity.lab.tasks import Training, Walk, entry
 from posterity.optimization import (
@@ -290,9 +290,13 @@ def memory(
             trial.track(f"peak bytes: {name}", layers, peak)
             if make is PatternSearch:
                 peaks.append(peak)
-        for name, kept in (("back-propagation", False), ("checkpointing", True)):
+        *hidden, read = net
+        for name, run in (
+            ("back-propagation", nn.Sequential(*hidden)),
+            ("checkpointing", partial(checkpointed, hidden)),
+        ):
             net.zero_grad()
-            peak = peak_bytes(lambda net=net, kept=kept: _backward(net, x, y, kept))
+            peak = peak_bytes(lambda read=read, run=run: F.cross_entropy(read(run(x)), y).backward())
             trial.track(f"peak bytes: {name}", layers, peak)
     return peaks[-1] / peaks[0]
 
@@ -303,13 +307,6 @@ def _deep(n_in: int, width: int, depth: int, classes: int, trial: Trial) -> nn.S
         more = [nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(depth - 1)]
         net = nn.Sequential(first, *more, nn.Linear(width, classes))
     return net.to(trial.device)
-
-
-def _backward(net: nn.Sequential, x: Tensor, y: Tensor, checkpointed: bool) -> None:
-    *layers, read = net
-    for layer in layers:
-        x = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)  # type: ignore[assignment]
-    F.cross_entropy(read(x), y).backward()
 
 
 def _searched(train: Training, seed: int, kind: type[PatternSearch] | type[GreedyRandomSearch]) -> Walk:

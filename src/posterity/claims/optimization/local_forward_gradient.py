@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from posterity.claims import Between, Count, Trial, bound, comparison
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
-from posterity.lab.memory import peak_bytes
+from posterity.lab.memory import checkpointed, peak_bytes
 from posterity.lab.nets import mlp
 from posterity.optimization import LocalMixer, activity_gradient, estimator_variance, forward_gradient
 
@@ -198,7 +197,7 @@ class _Checkpointed(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Any:
-        return checkpoint(self.block, x, use_reentrant=False)
+        return checkpointed([self.block], x)
 
 
 def _divides(n_groups: int, width: int, **_: Any) -> None:
