@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from posterity._checks import at_least, floating, has_shape, integer, one_of
 from posterity._precision import widened
 from posterity._random import draw_device
+from posterity.optimization._labels import class_indices
 
 __all__ = [
     "DictionaryContrastiveLoss",
@@ -245,22 +246,10 @@ def _loss(
 
 
 def check_target(target: Tensor, n: int, n_classes: int | None) -> None:
-    """Refuse a target that is not one class a sample."""
-    if (
-        not isinstance(target, Tensor)
-        or target.is_floating_point()
-        or target.is_complex()
-        or target.dtype == torch.bool
-    ):
-        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise ValueError(f"target must be a tensor of integers, got {got}")
-    has_shape("target", target, (n,), "one class a sample")
+    """Refuse a target that is not one class a sample, or of no sample."""
+    class_indices("target", target, n, n_classes)
     if not n:
         raise ValueError("target must have at least one class, got none")
-    if target.device.type == "cpu" and n_classes is not None:
-        low, high = (int(x) for x in target.aminmax())
-        if low < 0 or high >= n_classes:
-            raise ValueError(f"target must be in 0 .. {n_classes - 1}, got {low if low < 0 else high}")
 
 
 class LabelDictionary(nn.Module):

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from posterity._checks import finite, floating, has_shape, integer, one_of
 from posterity._precision import wide, widened
+from posterity.optimization._labels import class_indices
 from posterity.optimization.dual_layers import (
     _Block,
     _Channels,
@@ -101,7 +102,7 @@ def grouped_cross_entropy(
         raise ValueError(f"x must have no empty axis, got shape {tuple(x.shape)}")
     has_shape("weight", floating("weight", weight), (groups * channels, None), "x")
     has_shape("bias", floating("bias", bias), (weight.shape[1],), "weight")
-    _check_target(target, len(x), weight.shape[1])
+    class_indices("target", target, len(x), weight.shape[1])
     fixed = x.detach()
     logits = fixed.mean(1).flatten(1) @ weight + bias
     loss = F.cross_entropy(logits, target.long(), reduction="none")
@@ -276,7 +277,7 @@ class LocalMixer(nn.Module):
             For images or a target that do not fit.
         """
         x, found = self._cut(images), []
-        _check_target(target, len(images), self.n_classes)
+        class_indices("target", target, len(images), self.n_classes)
         for block, head in zip(self.blocks, self.heads, strict=True):
             x = block(x.detach())
             found.append(grouped_cross_entropy(_normalized(x, 1)[0], head.weight, head.bias, target))
@@ -331,7 +332,7 @@ class LocalMixer(nn.Module):
         one_of("method", method, METHODS)
         _options(n_samples, distribution)
         x = self._cut(images.detach())
-        _check_target(target, len(images), self.n_classes)
+        class_indices("target", target, len(images), self.n_classes)
         target = target.long().clone()  # what inference mode made cannot be kept for a backward pass
         draw = partial(_draw, distribution=distribution, generator=generator)
         grads: dict[nn.Parameter, Tensor] = {}
@@ -446,20 +447,3 @@ def _stage(
 def _error(logits: Tensor, target: Tensor) -> Tensor:
     """Return softmax less one-hot, the gradient of each sample's cross-entropy."""
     return logits.softmax(1) - F.one_hot(target.long(), logits.shape[1])
-
-
-def _check_target(target: Tensor, n: int, n_classes: int) -> None:
-    if not isinstance(target, Tensor) or target.dtype not in (
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-    ):
-        raise ValueError(
-            f"target must hold class indices, got {getattr(target, 'dtype', type(target).__name__)}"
-        )
-    has_shape("target", target, (n,), "its batch")
-    if target.device.type == "cpu" and n and not ((target >= 0) & (target < n_classes)).all():
-        low, high = target.aminmax()
-        raise ValueError(f"target must be in 0..{n_classes - 1}, got values from {low} to {high}")
