@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["at_least", "finite", "floating", "has_shape", "integer", "needs", "one_of", "within"]
+__all__ = ["at_least", "class_indices", "finite", "floating", "has_shape", "integer", "needs", "one_of", "within"]
 
 
 def _number(name: str, value: Any, kind: type, noun: str) -> None:
@@ -78,6 +78,19 @@ def has_shape(name: str, value: Tensor, shape: Sequence[int | None], source: str
         wanted = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
         tail = f" for {source}" if source else ""
         raise ValueError(f"{name} must have shape {wanted}{tail}, got {tuple(value.shape)}")
+    return value
+
+
+def class_indices(name: str, value: Tensor, n: int, n_classes: int | None = None) -> Tensor:
+    """Return integers, one a sample, in 0 .. n_classes - 1; values are read on the CPU, where that is free."""
+    dtype = value.dtype if isinstance(value, Tensor) else None
+    if dtype is None or dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
+        raise ValueError(f"{name} must hold class indices, got {dtype or type(value).__name__}")
+    has_shape(name, value, (n,), "one class a sample")
+    if n_classes is not None and n and value.device.type == "cpu":
+        low, high = (int(end) for end in value.aminmax())
+        if low < 0 or high >= n_classes:
+            raise ValueError(f"{name} must be in 0..{n_classes - 1}, got values from {low} to {high}")
     return value
 
 

@@ -20,10 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity._checks import at_least, floating, has_shape, integer, one_of
+from posterity._checks import at_least, class_indices, floating, has_shape, integer, one_of
 from posterity._precision import widened
 from posterity._random import draw_device
-from posterity.optimization._labels import class_indices
 
 __all__ = [
     "DictionaryContrastiveLoss",

@@ -25,9 +25,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity._checks import finite, floating, has_shape, integer, one_of
+from posterity._checks import class_indices, finite, floating, has_shape, integer, one_of
 from posterity._precision import wide, widened
-from posterity.optimization._labels import class_indices
 from posterity.optimization.dual_layers import (
     _Block,
     _Channels,
