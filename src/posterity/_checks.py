@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["at_least", "class_indices", "finite", "floating", "has_shape", "integer", "needs", "one_of", "within"]
+__all__ = [
+    "at_least",
+    "class_indices",
+    "finite",
+    "floating",
+    "has_shape",
+    "integer",
+    "needs",
+    "one_of",
+    "within",
+]
 
 
 def _number(name: str, value: Any, kind: type, noun: str) -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
-from posterity.dynamics._models import evaluating, state
+from posterity.dynamics._models import call, evaluating, state
 from posterity.testing import check_instrument
 
 pytestmark = pytest.mark.usefixtures("as_a_user")
@@ -152,12 +152,49 @@ def single_only(model, x):
 def functional(model, x):
     params, rest = state(model)
     with evaluating(model), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        return {"spread": functional_call(model, params | rest, (x,)).double().std(0), "names": "ab"}
+        return {"spread": call(model, params | rest, x).double().std(0), "names": "ab"}
+
+
+def by_functional_call(model, x):
+    with evaluating(model), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return functional_call(model, {**state(model)[0], **state(model)[1]}, (x,)).double().std(0)
+
+
+def shared(tied=False):
+    torch.manual_seed(0)
+    inner = nn.Linear(3, 3)
+    net = nn.Sequential(inner, nn.ReLU(), nn.Linear(3, 3) if tied else inner, nn.BatchNorm1d(3))
+    if tied:
+        net[2].weight = inner.weight
+    return net
 
 
 def test_a_faithful_instrument_passes(model, x):
     check_instrument(spread, model, x)
-    check_instrument(functional, model, x)
+    for net in (model, shared(), shared(tied=True)):
+        check_instrument(functional, net, x)
+
+
+def test_a_module_in_two_places_is_changed_by_functional_call_alone(x):
+    with pytest.raises(AssertionError, match=r"0.weight is changed|other parts than before"):
+        check_instrument(by_functional_call, shared(), x)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_call_with_other_tensors_is_the_model_that_has_them(tied, x):
+    net = shared(tied).eval()
+    params, rest = state(net)
+    other = {name: 2 * p for name, p in params.items()}
+    got = call(net, {**other, **rest}, x)
+    stacked = vmap(lambda p: call(net, {**p, **rest}, x))(
+        {name: torch.stack([p, 2 * p]) for name, p in params.items()}
+    )
+    usual = net(x)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2)
+    torch.testing.assert_close(got, net(x))
+    torch.testing.assert_close(stacked, torch.stack([usual, net(x)]))
 
 
 @pytest.mark.parametrize(
