@@ -13,12 +13,14 @@ from posterity.dynamics import (
     ConceptMixer,
     ConceptSequences,
     SuccessBound,
+    equipartition,
     equipartition_kernel,
     nearest_neighbor_accuracy,
     one_hot_kernel,
     success_bound,
 )
 from posterity.dynamics.equipartition import _normalised
+from posterity.lab.memory import peak_bytes
 from posterity.testing import check_instrument, check_layer
 
 
@@ -92,6 +94,15 @@ def test_chunks_and_narrow_integers_change_nothing(monkeypatch):
     assert torch.equal(equipartition_kernel(x, y, n_words=30, n_concepts=5), whole)
     assert torch.equal(equipartition_kernel(x.to(torch.int8), y.int(), n_words=30, n_concepts=5), whole)
     assert equipartition_kernel(x[:0], y, n_words=30, n_concepts=5).shape == (0, 17)
+
+
+def test_the_memory_of_pairs_is_what_is_promised_however_many_there_are(monkeypatch):
+    assert equipartition.PAIRS == 64 * 2**20
+    monkeypatch.setattr(equipartition, "PAIRS", 2**20)
+    x = sentences(400, 9, 150)
+    result = 8 * 100 * len(x)
+    peak = peak_bytes(lambda: equipartition_kernel(x, x[:100], n_words=150, n_concepts=5))
+    assert peak - result < 2**20
 
 
 def test_one_hot_inner_products_are_the_one_hot_kernel():

@@ -7,6 +7,13 @@ from posterity.dynamics.bias_variance import calibration_link as calibration_lin
 from posterity.dynamics.equipartition import SuccessBound as SuccessBound
 from posterity.dynamics.equipartition import equipartition_kernel as equipartition_kernel
 from posterity.dynamics.equipartition import success_bound as success_bound
+from posterity.dynamics.frequency_bias import ImageSobolevLoss as ImageSobolevLoss
+from posterity.dynamics.frequency_bias import SobolevLoss as SobolevLoss
+from posterity.dynamics.frequency_bias import frequency_energy as frequency_energy
+from posterity.dynamics.kernel_spectrum import learning_rates_by_degree as learning_rates_by_degree
+from posterity.dynamics.kernel_spectrum import ntk_eigenvalues as ntk_eigenvalues
+from posterity.dynamics.kernel_spectrum import predicted_residual as predicted_residual
+from posterity.dynamics.kernel_spectrum import relu_ntk as relu_ntk
 from posterity.dynamics.long_tail_features import ConceptMixer as ConceptMixer
 from posterity.dynamics.long_tail_features import ConceptSequences as ConceptSequences
 from posterity.dynamics.long_tail_features import nearest_neighbor_accuracy as nearest_neighbor_accuracy
@@ -36,6 +43,7 @@ from posterity.dynamics.regression_ensemble import train_ensemble as train_ensem
 from posterity.dynamics.seminorm_margin import SeminormMargin as SeminormMargin
 from posterity.dynamics.seminorm_margin import seminorm_max_margin as seminorm_max_margin
 from posterity.dynamics.seminorm_margin import two_balls as two_balls
+from posterity.dynamics.sphere_quadrature import quadrature_weights as quadrature_weights
 from posterity.dynamics.tangent_kernel import empirical_ntk as empirical_ntk
 from posterity.dynamics.tangent_kernel import ntk_regression as ntk_regression
 from posterity.dynamics.variance_limited import InitializationVariance as InitializationVariance

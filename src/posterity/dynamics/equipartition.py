@@ -150,7 +150,7 @@ def equipartition_kernel(
         raise ValueError(f"x and y must have the same length, at least 1, got {x.shape[1]} and {y.shape[1]}")
     y = y.to(x.device)
     values = x.new_zeros((len(x), len(y)), dtype=torch.float64)
-    rows = max(1, PAIRS // (32 * x.shape[1] * max(1, len(y))))  # labels of int64, and as much beside them
+    rows = max(1, PAIRS // (192 * x.shape[1] * max(1, len(y))))  # a dozen tensors of labels at a time
     for start in range(0, len(x), rows):
         some = x[start : start + rows]
         sizes = _component_sizes(some.repeat_interleave(len(y), 0), y.repeat(len(some), 1))
