@@ -5,11 +5,13 @@
 
 Each point is the median of a few calls, forward and backward where a method has a gradient;
 a curve ends where the next call would take longer than some ten seconds. Beside each name
-is the slope of log seconds against log size over its larger sizes: 1 is linear.
+is the slope of log seconds against log size over its larger sizes: 1 is linear. Figures of
+memory show the most bytes of tensors alive at once in a call, what it returns among them.
 """
 
 import argparse
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -17,7 +19,8 @@ from statistics import median
 import numpy as np
 import torch
 
-from posterity import graphs, transport
+from posterity import dynamics, graphs, transport
+from posterity.lab.memory import peak_bytes
 from posterity.site.figures import alone, curves
 
 LONGEST = 10.0  # seconds of a call
@@ -134,6 +137,77 @@ def plan(n: int) -> Work:
     return lambda: transport.sparse_transport(a, b, cost, k=4, max_iter=50)
 
 
+def perceptron(width: int, depth: int = 3, outputs: int = 10) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    sizes = [32, *(width,) * (depth - 1), outputs]
+    parts = [torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    return torch.nn.Sequential(*(each for part in parts for each in (part, torch.nn.ReLU())))[:-1]
+
+
+def images(channels: int) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Unflatten(1, (2, 4, 4)), torch.nn.Conv2d(2, channels, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(16 * channels, 10),
+    )  # fmt: skip
+
+
+def width_of(parameters: int, of: Callable[[int], torch.nn.Module]) -> int:
+    """Return the width at which a network has about so many parameters."""
+    widths = range(2, 2_000)
+    at = bisect_left(widths, parameters, key=lambda w: sum(p.numel() for p in of(w).parameters()))
+    return widths[min(at, len(widths) - 1)]
+
+
+def looks(net: torch.nn.Module, n: int) -> dict[str, Work]:
+    """Return looks at a network with n samples."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, 32, generator=generator), torch.randint(10, (n,), generator=generator)
+    return {
+        "empirical_ntk": lambda: dynamics.empirical_ntk(net, x),
+        "reduced_landscape, 20 steps": lambda: dynamics.reduced_landscape(net, x, y, x, y, alphas=(0.5, 1.0, 2.0), n_steps=20),
+        "layer_probe": lambda: dynamics.layer_probe(net, ["0", "2"], x, y, x, y, k=3),
+        "quasi_homogeneity_error": lambda: dynamics.quasi_homogeneity_error(net, x, dynamics.layer_rates(net)),
+        "train_ensemble, 20 steps": lambda: dynamics.train_ensemble(
+            lambda seed: net, x, x[:, :10], x, n_models=4, lr=1e-3, n_steps=20
+        ),
+    }  # fmt: skip
+
+
+def on_the_sphere(n: int) -> torch.Tensor:
+    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def predictions(n: int) -> Work:
+    probs, y = dynamics.neural_collapse_ensemble(n, 10, generator=torch.Generator().manual_seed(0))
+    return lambda: dynamics.bias_variance(probs, y)
+
+
+def sentences(n: int) -> Work:
+    x = torch.randint(150, (n, 9), generator=torch.Generator().manual_seed(0))
+    return lambda: dynamics.equipartition_kernel(x, x[:100], n_words=150, n_concepts=5)
+
+
+LOOKS = (
+    "empirical_ntk",
+    "reduced_landscape, 20 steps",
+    "layer_probe",
+    "quasi_homogeneity_error",
+    "train_ensemble, 20 steps",
+)
+BY_JACOBIAN = "empirical_ntk, convolutions"
+SAMPLES: dict[str, Callable[[int], Work]] = {
+    **{name: (lambda n, name=name: looks(perceptron(64), n)[name]) for name in LOOKS},
+    BY_JACOBIAN: lambda n: looks(images(8), n)["empirical_ntk"],
+    "SobolevLoss": lambda n: lambda: dynamics.SobolevLoss(on_the_sphere(n), 1.0, max_degree=4),
+    "bias_variance, 20 members": predictions,
+    "equipartition_kernel, 100 columns": sentences,
+}
+PARAMETERS: dict[str, Callable[[int], Work]] = {
+    **{name: (lambda p, name=name: looks(perceptron(width_of(p, perceptron)), 64)[name]) for name in LOOKS},
+    BY_JACOBIAN: lambda p: looks(images(width_of(p, images)), 64)["empirical_ntk"],
+}
 NODES = (1_000, 3_000, 10_000, 30_000, 100_000)
 FIGURES: dict[str, tuple[str, dict[str, Callable[[int], Work]], tuple[int, ...]]] = {
     "layers": ("seconds against nodes, 8 edges a node", LAYERS, NODES),
@@ -154,6 +228,18 @@ FIGURES: dict[str, tuple[str, dict[str, Callable[[int], Work]], tuple[int, ...]]
         },
         (100, 300, 1_000, 3_000, 10_000),
     ),
+    "samples": ("seconds against samples", SAMPLES, (30, 100, 300, 1_000, 3_000)),
+    "parameters": (
+        "seconds against parameters, 64 samples",
+        PARAMETERS,
+        (3_000, 10_000, 30_000, 100_000, 300_000),
+    ),
+    "samples-memory": ("MiB against samples", SAMPLES, (30, 100, 300, 1_000, 3_000)),
+    "parameters-memory": (
+        "MiB against parameters, 64 samples",
+        PARAMETERS,
+        (3_000, 10_000, 30_000, 100_000, 300_000),
+    ),
 }
 
 
@@ -167,29 +253,41 @@ def measure(work: Work) -> float:
     return median(seconds[1:] or seconds)  # the first call warms up
 
 
+def memory(work: Work) -> float:
+    """Return the most MiB of tensors alive at once in a call."""
+    return peak_bytes(work) / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=", ".join(FIGURES))
     torch.set_num_threads(1)
     for figure in parser.parse_args().figures or FIGURES:
         path = Path(__file__).parent.parent / "docs" / f"growth-{figure}.svg"
-        path.write_text(alone(draw(*FIGURES[figure])), encoding="utf-8")
+        path.write_text(
+            alone(draw(*FIGURES[figure], memory if figure.endswith("memory") else measure)), encoding="utf-8"
+        )
 
 
-def draw(title: str, makers: dict[str, Callable[[int], Work]], sizes: tuple[int, ...]) -> str:
+def draw(
+    title: str,
+    makers: dict[str, Callable[[int], Work]],
+    sizes: tuple[int, ...],
+    cost: Callable[[Work], float],
+) -> str:
     """Print and return the curves of some methods."""
     print(title)
     drawn = {}
     for name, make in makers.items():
         points: list[tuple[int, float]] = []
         for size in sizes:
-            points.append((size, measure(make(size))))
-            if points[-1][1] * (sizes[1] / sizes[0]) ** 2 > LONGEST:
+            points.append((size, cost(make(size))))
+            if cost is measure and points[-1][1] * (sizes[1] / sizes[0]) ** 2 > LONGEST:
                 break
         upper = np.log(points[len(points) // 2 - 1 :])
         slope = np.polyfit(upper[:, 0], upper[:, 1], 1)[0]
         print(
-            f"{name:36} slope {slope:5.2f}  " + "  ".join(f"{n:,}: {1e3 * s:.3g} ms" for n, s in points),
+            f"{name:36} slope {slope:5.2f}  " + "  ".join(f"{n:,}: {value:.3g}" for n, value in points),
             flush=True,
         )
         drawn[f"{name} ({slope:.2f})"] = [points]

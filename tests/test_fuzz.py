@@ -39,6 +39,8 @@ def test_a_wrong_shape_is_a_fault():
     assert misfit((torch.zeros(3),), tuple[Float[Tensor, "*batch k k"]], {})
     assert misfit((torch.zeros(5, 3, 3),), tuple[Float[Tensor, "*batch k k"]], {}) == ""
     assert misfit(1, float | None, {}) == "1 for float"
+    assert misfit(("a", "b", "c"), tuple[str, ...], {}) == ""
+    assert misfit(("a", 1), tuple[str, ...], {}) == "1 for str"
 
 
 def raised(error):

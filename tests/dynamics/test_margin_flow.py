@@ -293,7 +293,7 @@ def test_the_path_ends_where_there_is_no_direction(how):
 
 
 def test_a_solver_that_stalls_gives_up(monkeypatch):
-    monkeypatch.setattr(sys.modules["posterity.dynamics.margin_flow"], "STEPS", 100)
+    monkeypatch.setattr(sys.modules["posterity.dynamics.margin_flow"], "GRADIENTS", 300)
     flow = margin_flow(equal_starts([1, 3]), *balls(0.95), duration=11.0, n_eval=20)
     assert not flow.success
     assert 2 < len(flow.times) < 20

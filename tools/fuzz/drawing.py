@@ -117,8 +117,12 @@ class Drawing:
             return self.now_and_then(self.pick((0.5, 0.5, 0.5, 1.0)), NUMBERS)
         if annotation is bool:
             return self.pick((True, False))
-        if annotation is str:  # a submodule of a user's network
+        if annotation is str and name == "layers":  # submodules of a user's network
             return self.now_and_then("linear", ("", "head"))
+        if annotation is nn.Sequential and name == "model":
+            return self.cast(
+                nn.Sequential(nn.Linear(self.size, self.size), nn.ReLU(), nn.Linear(self.size, 2))
+            )
         if origin is collections.abc.Mapping and parts == (str, float):  # a number for each parameter
             names = self.now_and_then(
                 ("linear.weight", "linear.bias"), ((), ("linear.weight",), ("head",) * 2)
@@ -191,10 +195,6 @@ class Drawing:
             raise Undrawable(kind)
         if kind is nn.Module:
             return self.cast(Net(self.size))
-        if kind is nn.Sequential:
-            return self.cast(
-                nn.Sequential(nn.Linear(self.size, self.size), nn.ReLU(), nn.Linear(self.size, 2))
-            )
         if kind is torch.optim.Optimizer:
             return torch.optim.SGD(self.cast(Net(self.size)).parameters(), lr=0.1)
         if is_result(kind):

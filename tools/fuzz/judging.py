@@ -33,6 +33,8 @@ def misfit(value, annotation, sizes):
         wrong = [misfit(value, part, dict(sizes)) for part in parts]
         return "" if "" in wrong else wrong[0]
     if origin is tuple:
+        if parts[1:] == (Ellipsis,) and isinstance(value, tuple):
+            parts = parts[:1] * len(value)
         if not isinstance(value, tuple) or len(value) != len(parts):
             return f"{shown(value)} for {annotation}"
         return _first(misfit(each, part, sizes) for each, part in zip(value, parts, strict=True))

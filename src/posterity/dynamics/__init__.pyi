@@ -1,3 +1,7 @@
+from posterity.dynamics.benign_memorization import FiniteViews as FiniteViews
+from posterity.dynamics.benign_memorization import MemorizationRun as MemorizationRun
+from posterity.dynamics.benign_memorization import memorize as memorize
+from posterity.dynamics.benign_memorization import randomize_labels as randomize_labels
 from posterity.dynamics.bias_variance import Alignment as Alignment
 from posterity.dynamics.bias_variance import BiasVariance as BiasVariance
 from posterity.dynamics.bias_variance import CalibrationLink as CalibrationLink
@@ -14,6 +18,9 @@ from posterity.dynamics.kernel_spectrum import learning_rates_by_degree as learn
 from posterity.dynamics.kernel_spectrum import ntk_eigenvalues as ntk_eigenvalues
 from posterity.dynamics.kernel_spectrum import predicted_residual as predicted_residual
 from posterity.dynamics.kernel_spectrum import relu_ntk as relu_ntk
+from posterity.dynamics.layer_probes import MemorizationProfile as MemorizationProfile
+from posterity.dynamics.layer_probes import layer_probe as layer_probe
+from posterity.dynamics.layer_probes import memorization_profile as memorization_profile
 from posterity.dynamics.long_tail_features import ConceptMixer as ConceptMixer
 from posterity.dynamics.long_tail_features import ConceptSequences as ConceptSequences
 from posterity.dynamics.long_tail_features import nearest_neighbor_accuracy as nearest_neighbor_accuracy
@@ -26,6 +33,8 @@ from posterity.dynamics.margin_bias import scale_by_rates_ as scale_by_rates_
 from posterity.dynamics.margin_flow import MarginFlow as MarginFlow
 from posterity.dynamics.margin_flow import PowerDiagonal as PowerDiagonal
 from posterity.dynamics.margin_flow import margin_flow as margin_flow
+from posterity.dynamics.neighbor_probes import knn_predict as knn_predict
+from posterity.dynamics.neighbor_probes import knn_probe as knn_probe
 from posterity.dynamics.neural_collapse import neural_collapse as neural_collapse
 from posterity.dynamics.ntk_mlp import NTKMLP as NTKMLP
 from posterity.dynamics.omnigrok import GrokkingDelay as GrokkingDelay

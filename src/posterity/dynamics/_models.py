@@ -5,19 +5,28 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["call", "evaluating", "state"]
+__all__ = ["call", "evaluating", "not_batched", "state"]
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model into eval mode; afterwards every submodule has the mode that it had, also after an error."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Put a model into eval mode; afterwards every submodule has the mode that it had, also after an error.
+
+    Attention goes by its ordinary path inside: the fast one, which torch takes in eval mode, has no derivative.
+    """
+    modes, fast = (
+        [(module, module.training) for module in model.modules()],
+        torch.backends.mha.get_fastpath_enabled(),
+    )
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         yield model.eval()
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:  # not by train(), which would set all of them alike
             module.training = training
 
@@ -45,3 +54,8 @@ def call(model: nn.Module, tensors: Mapping[str, Tensor], *args: Any) -> Any:
                      module.named_buffers(recurse=False, remove_duplicate=False))  # fmt: skip
         every.update({f"{where}.{name}".lstrip("."): tensors[first[id(own)]] for name, own in held})
     return functional_call(model, every, args, tie_weights=False)
+
+
+def not_batched(error: RuntimeError) -> bool:
+    """Return whether an error says that ``torch.func.vmap`` cannot take a model: an RNN, or control flow on values."""
+    return "vmap" in str(error) or "Batching rule" in str(error)

@@ -300,7 +300,7 @@ def lambda_seminorm(model: nn.Module, rates: Rates, *, top_only: bool = False) -
     3.0
     """
     logs, _ = _log_squares(model, _checked(model, rates), top_only)
-    return torch.tensor(math.exp(logsumexp(logs) / 2) if len(logs) else 0.0, dtype=torch.float64)
+    return torch.tensor(math.exp(np.logaddexp.reduce(logs) / 2) if len(logs) else 0.0, dtype=torch.float64)
 
 
 def normalized_margin(

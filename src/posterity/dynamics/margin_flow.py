@@ -32,7 +32,7 @@ __all__ = ["MarginFlow", "PowerDiagonal", "margin_flow"]
 
 MOST = 3_000  # parameters: the solver keeps a square matrix of them
 LONGEST = 0.5  # step in path time
-STEPS = 10_000  # the solver stalls where rounding alone decides the direction
+GRADIENTS = 30_000  # the solver stalls at kinks, at a minimum, and where rounding alone decides the direction
 
 
 class PowerDiagonal(nn.Module):
@@ -123,8 +123,8 @@ class MarginFlow:
     n_evals : int
         Gradients evaluated.
     success : bool
-        Whether the end was reached. Else something was not finite, the gradient 0, or the solver had made 10,000
-        steps, after the last time.
+        Whether the end was reached. Else something was not finite, the gradient 0, or 30,000 gradients taken, after
+        the last time: data that are not separated end at a minimum, where a path has no direction.
     """
 
     times: Float[Tensor, " steps"]
@@ -157,7 +157,7 @@ class MarginFlow:
 
 
 class _Stop(Exception):
-    """There is no direction to follow."""
+    """There is no direction to follow, or no end to it."""
 
 
 @torch.inference_mode(False)
@@ -260,6 +260,8 @@ def margin_flow(
 
     def direction(_: float, at: np.ndarray) -> np.ndarray:
         nonlocal n_evals
+        if n_evals == GRADIENTS:
+            raise _Stop
         n_evals += 1
         flat = torch.from_numpy(at.copy()).requires_grad_()
         g = -torch.autograd.grad(losses(flat)[0], flat)[0].numpy()
@@ -303,9 +305,7 @@ def _integrated(
     path = [start]
     try:
         solver = LSODA(direction, times[0], start, times[-1], max_step=LONGEST, rtol=rtol, atol=atol)
-        for _ in range(STEPS):
-            if solver.status != "running" or len(path) == len(times):
-                break
+        while solver.status == "running" and len(path) < len(times):
             solver.step()
             if solver.status == "failed" or not np.isfinite(solver.y).all():
                 break

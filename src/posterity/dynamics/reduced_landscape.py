@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from posterity._checks import at_least, class_indices, finite, integer, one_of, within
 from posterity._precision import wide
 from posterity._random import draw_device
-from posterity.dynamics._models import call, evaluating, state
+from posterity.dynamics._models import call, evaluating, not_batched, state
 from posterity.dynamics._plots import axes
 from posterity.dynamics.omnigrok import _curve, _trainable
 
@@ -338,7 +338,7 @@ class _Nets:
         try:
             return vmap(one)(params)
         except RuntimeError as error:
-            if "vmap" not in str(error):
+            if not not_batched(error):
                 raise
             raise ValueError(
                 f"vectorize must be False for a model that vmap does not take: {error}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of, within
-from posterity.dynamics._models import call, state
+from posterity.dynamics._models import call, not_batched, state
 from posterity.dynamics.ntk_mlp import NTKMLP, row_of_layers, run_row
 from posterity.dynamics.tangent_kernel import at_work, ordinary
 
@@ -191,7 +191,14 @@ class _Members:
         if self.vectorize and self.layers is not None and x.ndim == 2:  # without the overhead of vmap
             return run_row(self.layers, every, x)
         if self.vectorize:
-            return vmap(lambda each: call(self.model, each, x))(every)
+            try:
+                return vmap(lambda each: call(self.model, each, x))(every)
+            except RuntimeError as error:
+                if not not_batched(error):
+                    raise
+                raise ValueError(
+                    f"vectorize must be False for a model that vmap does not take: {error}"
+                ) from error
         return call(self.model, {name: p[0] for name, p in every.items()}, x)[None]
 
     def first(self, params: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ network of such layers needs no gradients of weights at all.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def empirical_ntk(
     ----------
     model : nn.Module
         Called with a batch, returns a value or values a sample; axes after the first are
-        flattened to k outputs. It must work under ``torch.func.vmap``.
+        flattened to k outputs. Samples that ``torch.func.vmap`` cannot take together go one by one.
     x1, x2 : Tensor of shape (n1, ...) and (n2, ...)
         Points; without ``x2`` the kernel is that of ``x1`` with itself.
     params : dict of str to Tensor, optional
@@ -341,16 +342,33 @@ def _product(left: list[Factor], right: list[Factor], full: bool) -> Tensor:
 def _by_jacobian(
     model: nn.Module, params: dict[str, Tensor], rest: dict[str, Tensor]
 ) -> Callable[[Tensor, slice], list[Factor]]:
-    """Return what gives the gradients of all parameters at samples, by ``vmap`` of ``jacrev``."""
+    """Return what gives the gradients of all parameters at samples, by ``vmap`` of ``jacrev``, or of one by one."""
 
     def block(x: Tensor, outputs: slice) -> list[Factor]:
         def one(p: dict[str, Tensor], point: Tensor) -> Tensor:
             return call(model, {**p, **rest}, point[None]).flatten()[outputs]
 
-        jacobian = vmap(jacrev(one), in_dims=(None, 0))(params, x)
+        try:
+            jacobian = vmap(jacrev(one), in_dims=(None, 0))(params, x)
+        except RuntimeError:  # an RNN, or control flow on values; any other error is met again
+            each = [_alone(partial(one, point=point), params) for point in x]
+            jacobian = {name: torch.stack([part[name] for part in each]) for name in params}
         return [Factor(None, jacobian.pop(name).detach().flatten(2)) for name in list(jacobian)]
 
     return block
+
+
+def _alone(function: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the Jacobian of a vector, by a gradient for each of its entries."""
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+    out = function(leaves)
+    rows = [
+        torch.autograd.grad(
+            value, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for value in out
+    ]
+    return {name: torch.stack(part) for name, part in zip(leaves, zip(*rows, strict=True), strict=True)}
 
 
 def _activations(model: nn.Module, params: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor) -> int:
