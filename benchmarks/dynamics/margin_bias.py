@@ -62,7 +62,7 @@ def descent(x: Tensor, y: Tensor, goal: float, lr: float = 0.1) -> tuple[int, np
 
 def main() -> None:
     torch.set_num_threads(1)
-    for n, d, target in ((500, 20, 3), (2_000, 50, 3)):
+    for n, d, target in ((1_000, 20, 1), (2_000, 50, 1)):
         x, y = points(n, d)
         penalized = torch.arange(d) < 3 * d // 4
         ours = seminorm_max_margin(x, y, penalized).coef[penalized]
