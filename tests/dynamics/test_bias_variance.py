@@ -206,11 +206,11 @@ def test_the_line_is_least_squares_of_log_variance_on_log_bias_for_the_subset_as
 
 
 def test_samples_below_the_floor_are_dropped_and_counted():
-    bv = made([1e-14, 0.1, 0.2, 0.4, math.inf], [0.1, 0.1, 0.2, 0.4, 0.1])
+    bv = made([1e-14, 0.1, 0.2, 0.4, math.inf, 0.3], [0.1, 0.1, 0.2, 0.4, 0.1, 1e-13])
     line = alignment(bv)
-    assert (line.n, line.n_dropped) == (3, 2)
+    assert (line.n, line.n_dropped) == (3, 3)
     assert line.slope == pytest.approx(1.0)
-    assert alignment(bv, floor=1e-15).n == 4
+    assert alignment(bv, floor=1e-15).n == 5
 
 
 def test_collapsed_networks_are_aligned():
