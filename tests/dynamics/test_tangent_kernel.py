@@ -248,6 +248,16 @@ def test_more_samples_than_features_end_in_least_squares():
     np.testing.assert_allclose(ntk_regression(model, x, y, x_test), x_test.numpy() @ weights, atol=1e-5)
 
 
+def test_a_kernel_that_rounding_made_indefinite_is_least_squares_too():
+    x, y, x_test = randn(200, 2).float(), randn(200, 1, seed=1).float(), randn(20, 2, seed=2).float()
+    rounded = (x @ x.T).double()
+    assert torch.linalg.eigvalsh(rounded)[0] < -torch.finfo(torch.float32).eps * rounded.diagonal().mean()
+    model = seeded(lambda: nn.Linear(2, 1, bias=False)).float()
+    weights = torch.linalg.lstsq(x.double(), y.double()).solution
+    found = ntk_regression(model, x, y, x_test)
+    torch.testing.assert_close(found.double(), x_test.double() @ weights, rtol=1e-4, atol=1e-5)
+
+
 def test_a_kernel_of_zeros_predicts_zero():
     model = seeded(lambda: nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 1, bias=False)))
     with torch.no_grad():
