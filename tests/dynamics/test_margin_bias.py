@@ -139,7 +139,7 @@ class Residual(nn.Module):
 
 def test_a_sum_of_branches_has_rates_of_ones_own():
     net = Residual().double()
-    rates = {"first.weight": 0.5, "head.weight": 0.5}
+    rates = {"first.weight": 0.5, "inner.weight": 0.0, "outer.weight": 0.0, "head.weight": 0.5}
     assert quasi_homogeneity_error(net, rows(), rates) < 1e-10
     assert quasi_homogeneity_error(net, rows(), {name: 1 / 4 for name, _ in net.named_parameters()}) > 1e-3
 
@@ -250,7 +250,7 @@ def test_scaling_in_place_is_exact_in_narrow_dtypes_and_whole_or_not_at_all(as_a
     nn.init.constant_(model.weight, 3.0)
     nn.init.constant_(model.bias, 1.0)
     with torch.inference_mode():
-        scale_by_rates_(model, math.log(2.0), {"weight": 1.0})
+        scale_by_rates_(model, math.log(2.0), {"weight": 1.0, "bias": 0.0})
     assert model.weight.tolist() == [[6.0, 6.0]]
     with pytest.raises(ValueError, match="alpha must leave parameters finite, bias is not for 100"):
         scale_by_rates_(model, 100.0, {"weight": 0.01, "bias": 1.0})
@@ -313,7 +313,7 @@ def test_narrow_features_are_summed_wide():
 
 LINEAR = nn.Linear(2, 1)
 X, Y = torch.ones(3, 2), torch.tensor([1, -1, 1])
-ONE = {"weight": 1.0}
+ONE = {"weight": 1.0, "bias": 0.0}
 
 
 @pytest.mark.parametrize(("call", "words"), [
@@ -326,7 +326,8 @@ ONE = {"weight": 1.0}
     (lambda: lambda_seminorm(LINEAR, {"wieght": 1.0}), "rates must be of parameters of model, it has none called 'wieght'"),
     (lambda: lambda_seminorm(LINEAR, {"weight": -1.0}), "rates must be finite and at least 0, got -1.0 for weight"),
     (lambda: lambda_seminorm(LINEAR, {"weight": math.nan}), "rates must be finite"),
-    (lambda: lambda_seminorm(LINEAR, {"weight": 0.0}), "rates must hold one greater than 0, got none"),
+    (lambda: lambda_seminorm(LINEAR, {"weight": 1.0}), "rates must have one for each trainable parameter, .* none for bias"),
+    (lambda: lambda_seminorm(LINEAR, {"weight": 0.0, "bias": 0.0}), "rates must hold one greater than 0, got none"),
     (lambda: lambda_seminorm(LINEAR, {}), "rates must hold one greater than 0"),
     (lambda: lambda_seminorm(LINEAR, {"weight": torch.ones(3)}), r"shapes of the parameters, got \(3,\) for weight"),
     (lambda: lambda_seminorm(LINEAR, {"weight": "fast"}), "rates must be numbers, got 'fast'"),
@@ -361,5 +362,5 @@ def test_a_model_of_zeros_has_no_normalised_margin(as_a_user):
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)
     with pytest.raises(ValueError, match="model must have a parameter of a positive rate that is not 0"):
-        normalized_margin(model, X, Y, ONE)
-    assert quasi_homogeneity_error(model, X, ONE) == 0
+        normalized_margin(model, X, Y, {"weight": 1.0})
+    assert quasi_homogeneity_error(model, X, {"weight": 1.0}) == 0

@@ -22,6 +22,8 @@ from posterity.dynamics import (
 )
 from posterity.testing import check_instrument
 
+BOTH = torch.tensor([1.0, -1.0])
+
 
 def balls(b, n=24, seed=0, a=2.0):
     mu = torch.tensor([a, b], dtype=torch.float64)
@@ -95,13 +97,13 @@ def test_units_of_x_divide_the_coefficients_and_order_and_repetition_do_not_matt
 
 
 def test_of_several_optima_the_shortest_is_returned():
-    """One sample, x = (2, 1, 1), and the last two free: with value 0 the shortest is (0, 1/2, 1/2)."""
-    found = seminorm_max_margin(torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([1.0]), [True, False, False])
+    """A sample, x = (2, 1, 1), its mirror image, and the last two free: with value 0 the shortest is (0, 1/2, 1/2)."""
+    found = seminorm_max_margin(BOTH[:, None] * torch.tensor([2.0, 1.0, 1.0]), BOTH, [True, False, False])
     torch.testing.assert_close(found.coef, torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64))
     assert (found.degenerate, found.value) == (True, 0.0)
     # opposite demands on the free sum leave b_0 = 1; b_1 + b_2 is then between -1 and 1, shortest at 0
-    x = torch.tensor([[2.0, 1.0, 1.0], [2.0, -1.0, -1.0], [1.0, 0.0, 0.0]])
-    found = seminorm_max_margin(x, torch.ones(3), [True, False, False])
+    x, y = torch.tensor([[2.0, 1.0, 1.0], [2.0, -1.0, -1.0], [-1.0, 0.0, 0.0]]), torch.tensor([1, 1, -1])
+    found = seminorm_max_margin(x, y, [True, False, False])
     torch.testing.assert_close(found.coef, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
     assert not found.degenerate
 
@@ -196,16 +198,14 @@ def test_the_path_is_that_of_gradient_flow_in_real_time(loss):
     assert flow.log_margin[0].isnan() == (flow.min_margin[0] <= 0)
 
 
-def test_one_sample_has_a_closed_form_at_margins_of_e_to_the_forty():
+def test_a_sample_and_its_mirror_image_have_a_closed_form_at_margins_of_e_to_the_forty():
     """theta' = theta beyond 1, from 1: e^tau, of the degree 3 a margin of e^(3 tau)."""
     for loss in ("exponential", "logistic"):
-        flow = margin_flow(
-            equal_starts([3], 1.0), torch.ones(1, 1), torch.ones(1), loss=loss, duration=14.0, n_eval=15
-        )
+        flow = margin_flow(equal_starts([3], 1.0), BOTH[:, None], BOTH, loss=loss, duration=14.0, n_eval=15)
         assert flow.success
         torch.testing.assert_close(flow.params[:, 0].log(), flow.times, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(flow.log_margin, 3 * flow.times, rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(flow.log_loss[1:], -flow.min_margin[1:], rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(flow.log_loss[1:], math.log(2) - flow.min_margin[1:], rtol=1e-6, atol=1e-5)
 
 
 def network(*, norm=False, classes=1, width=3):
@@ -284,7 +284,7 @@ class Ends(nn.Module):
 
 @pytest.mark.parametrize("how", ["nan", "flat", "bounded"])
 def test_the_path_ends_where_there_is_no_direction(how):
-    flow = margin_flow(Ends(how), torch.ones(1, 1), torch.ones(1), duration=5.0, n_eval=51)
+    flow = margin_flow(Ends(how), BOTH[:, None], BOTH, duration=5.0, n_eval=51)
     assert not flow.success
     assert flow.params.isfinite().all() and flow.log_loss.isfinite().all()
     assert len(flow.times) == len(flow.params) == len(flow.log_loss)
@@ -320,7 +320,10 @@ MU = torch.ones(2)
     (lambda: seminorm_max_margin(X, Y, [True, True], tol=0.0), "tol must be greater than 0"),
     (lambda: seminorm_max_margin(X * math.nan, Y, [True, True]), "x must be finite"),
     (lambda: seminorm_max_margin(X[:0], Y[:0], [True, True]), "x must have at least one row"),
-    (lambda: seminorm_max_margin(X, Y.abs(), [True, True]), "x must be linearly separable through the origin"),
+    (lambda: seminorm_max_margin(X, Y.abs(), [True, True]), "y must have both classes, got 1 alone"),
+    (lambda: seminorm_max_margin(X, Y, [False, False]), "penalized must have a True"),
+    (lambda: seminorm_max_margin(torch.ones(2, 2), BOTH, [True, True]), "x must be linearly separable through the origin"),
+    (lambda: margin_flow(equal_starts([1, 1]), X, Y.abs()), "y must have more than one class, got 1 alone"),
     (lambda: seminorm_max_margin(0 * X, Y, [True, True]), "x must be linearly separable"),
     (lambda: PowerDiagonal([]), "degrees must hold at least one"),
     (lambda: PowerDiagonal([1, 2]), "degrees must be odd, so that coefficients have both signs, got 2"),

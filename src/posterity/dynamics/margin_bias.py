@@ -88,7 +88,7 @@ def layer_rates(model: nn.Sequential) -> dict[str, float]:
        definition whatever ``eps`` is.
     2. Of other networks the rates come from you. Both branches of a sum must have one degree: with
        ``x + W2 relu(W1 x)`` behind a weighted layer, ``W1`` and ``W2`` have 0. Of a residual network whose
-       head follows a normalisation only the head's weight and bias need a rate, 1.
+       head follows a normalisation the head's weight and bias have 1, all others 0.
 
     References
     ----------
@@ -173,7 +173,8 @@ def quasi_homogeneity_error(
         Inputs, taken in the dtype of the parameters.
     rates : mapping of str to float or Tensor
         By the names of ``model.named_parameters()``, at least 0; a Tensor has a rate for each element, as
-        `posterity.dynamics.PowerDiagonal` needs them. Parameters left out have 0.
+        `posterity.dynamics.PowerDiagonal` needs them. Each trainable one needs a rate; frozen ones that are
+        left out have 0.
     alphas : sequence of float, default=(-0.5, 0.5, 1.0)
         How far to scale, from -700 to 700.
 
@@ -185,7 +186,7 @@ def quasi_homogeneity_error(
     Raises
     ------
     ValueError
-        If a name of ``rates`` is no parameter's, a rate is negative or all are 0, ``alphas`` is empty,
+        If a name of ``rates`` is no parameter's, a trainable parameter has none, a rate is negative or all are 0, ``alphas`` is empty,
         ``x`` is, or ``model`` returns no tensor or nothing finite.
 
     References
@@ -390,6 +391,10 @@ def _checked(model: nn.Module, rates: Rates) -> dict[str, Tensor]:
             raise ValueError(f"rates must be finite and at least 0, got {rate} for {name}")
     if not any(bool((value > 0).any()) for value in known.values()):
         raise ValueError("rates must hold one greater than 0, got none")
+    if missing := [name for name, p in parameters.items() if p.requires_grad and name not in rates]:
+        raise ValueError(
+            f"rates must have one for each trainable parameter, 0 if need be, got none for {missing[0]}"
+        )
     return known
 
 

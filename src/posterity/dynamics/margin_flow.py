@@ -203,7 +203,7 @@ def margin_flow(
     Raises
     ------
     ValueError
-        If an argument is out of its range, shapes do not fit, too many parameters are trainable or none, or
+        If an argument is out of its range, shapes do not fit, ``y`` has one class alone, too many parameters are trainable or none, or
         the outputs at the start are not finite.
 
     Notes
@@ -242,6 +242,8 @@ def margin_flow(
     x, y = (part.detach().cpu().clone() for part in (x, y))
     x = x.double() if x.is_floating_point() else x
     _margins(_outputs(end, x), y)
+    if not bool((y != y[0]).any()):
+        raise ValueError(f"y must have more than one class, got {int(y[0])} alone")
     params, rest = state(end)
     if not all(bool(p.isfinite().all()) for p in params.values()):
         raise ValueError("model must have finite parameters, got NaN or infinity")

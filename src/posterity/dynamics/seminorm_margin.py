@@ -96,7 +96,7 @@ def seminorm_max_margin(
     Raises
     ------
     ValueError
-        If shapes do not fit, ``x`` is not finite, ``y`` holds other labels, or ``x`` is not separable by ``tol``.
+        If shapes do not fit, ``x`` is not finite, ``y`` holds other labels or one alone, nothing is penalised, or ``x`` is not separable by ``tol``.
     RuntimeError
         If rounding leaves no solution that is optimal by ``tol``.
 
@@ -131,9 +131,13 @@ def seminorm_max_margin(
         raise ValueError(f"penalized must be {d} truth values, one a column of x, got {penalized}")
     if not n or not d:
         raise ValueError(f"x must have at least one row and one column, got {(n, d)}")
+    if not bool(costs.any()):
+        raise ValueError("penalized must have a True: without a cost there is no margin problem")
     finite("x", x)
     if y.dtype == torch.bool or y.is_complex() or not bool((y.abs() == 1).all()):
         raise ValueError("y must hold -1 and 1, got others")
+    if not bool((y != y[0]).any()):
+        raise ValueError(f"y must have both classes, got {int(y[0])} alone")
     A = (x.detach().cpu().double() * y.detach().cpu().double()[:, None]).numpy()
     scale = float(np.sqrt((A / (np.abs(A).max() or 1.0)) ** 2 @ np.ones(d)).max()) * float(np.abs(A).max())
     A = A / (scale or 1.0)
