@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from posterity._models import evaluating
 from posterity.dynamics import (
     empirical_ntk,
     layer_probe,
@@ -11,7 +12,6 @@ from posterity.dynamics import (
     reduced_landscape,
     train_ensemble,
 )
-from posterity.dynamics._models import evaluating
 from posterity.testing import check_instrument
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of normalisation, of what vmap does slowly

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
-from posterity.dynamics._models import call, evaluating, state
+from posterity._models import call, evaluating, state
 from posterity.testing import check_instrument
 
 pytestmark = pytest.mark.usefixtures("as_a_user")

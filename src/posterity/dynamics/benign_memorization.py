@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, class_indices, finite, integer, one_of, within
+from posterity._models import evaluating
 from posterity._precision import NARROW
 from posterity._random import draw_device
-from posterity.dynamics._models import evaluating
 from posterity.dynamics._plots import axes
 
 __all__ = ["FiniteViews", "MemorizationRun", "memorize", "randomize_labels"]

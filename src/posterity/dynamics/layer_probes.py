@@ -16,8 +16,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from posterity._checks import integer, one_of
+from posterity._models import call, evaluating, state
 from posterity._precision import wide
-from posterity.dynamics._models import call, evaluating, state
 from posterity.dynamics._plots import axes
 from posterity.dynamics.benign_memorization import FiniteViews, _augmented, _augments, _labelled
 from posterity.dynamics.neighbor_probes import Metric, _predict, _share, _unit

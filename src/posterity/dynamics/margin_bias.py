@@ -29,8 +29,8 @@ from scipy.special import logsumexp
 from torch import Tensor, nn
 
 from posterity._checks import class_indices, has_shape
+from posterity._models import call, evaluating, state
 from posterity._precision import wide
-from posterity.dynamics._models import call, evaluating, state
 
 __all__ = [
     "lambda_seminorm",

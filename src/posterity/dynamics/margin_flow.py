@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, has_shape, integer, one_of, within
-from posterity.dynamics._models import call, evaluating, state
+from posterity._models import call, evaluating, state
 from posterity.dynamics._plots import axes
 from posterity.dynamics.margin_bias import LARGEST, _margins, _outputs
 

@@ -23,9 +23,9 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from posterity._checks import at_least, class_indices, finite, integer, one_of, within
+from posterity._models import call, evaluating, not_batched, state
 from posterity._precision import wide
 from posterity._random import draw_device
-from posterity.dynamics._models import call, evaluating, not_batched, state
 from posterity.dynamics._plots import axes
 from posterity.dynamics.omnigrok import _curve, _trainable
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of, within
-from posterity.dynamics._models import call, not_batched, state
+from posterity._models import call, not_batched, state
 from posterity.dynamics.ntk_mlp import NTKMLP, row_of_layers, run_row
 from posterity.dynamics.tangent_kernel import at_work, ordinary
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of
+from posterity._models import call, evaluating, state
 from posterity._precision import rounding, wide
-from posterity.dynamics._models import call, evaluating, state
 from posterity.dynamics.ntk_mlp import Factor, by_layer, row_of_layers
 
 __all__ = ["empirical_ntk", "ntk_regression"]
