@@ -48,12 +48,16 @@ def compare(
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False)
-        for name in ("rank", "entry", "paper", rows[0]["metric"]):
+        beside = list(dict.fromkeys(name for row in rows for name in row.get("figures", {})))
+        for name in ("rank", "entry", "paper", rows[0]["metric"], *beside):
             table.add_column(name)
         for row in rows:
             place = "error" if row["rank"] is None else f"{'=' if row['tied'] else ''}{row['rank']}"
             origin = row["paper"] or ("reference" if row.get("reference") else "ordinary")
-            table.add_row(place, row["entry"], origin, row.get("error") or interval(row))
+            figures = [
+                f"{row['figures'][name]:.4g}" if name in row.get("figures", {}) else "" for name in beside
+            ]
+            table.add_row(place, row["entry"], origin, row.get("error") or interval(row), *figures)
         terminal = console()
         terminal.print(table)
         terminal.print(f"{rows[0]['better']} is better; = ties: the paired difference to the first of the rank has "

@@ -41,10 +41,13 @@ def compare(
     question = get_task(task)
     for module in entry_modules(task):
         import_module(module)
-    fits = {name: each.fit for name, each in entries(task).items()}
+    asked = _settings(question, settings or {})
+    fits = {
+        name: each.fit for name, each in entries(task).items()
+        if all(asked[setting] == value for setting, value in each.where.items())
+    }  # fmt: skip
     spec = data or question.data
     options = question.options(target)
-    asked = _settings(question, settings or {})
     needs = partial(question.needs, **asked) if question.needs else None
     note = check(question.kind, spec, needs, **options)
     found = resolve(question.kind, spec)
@@ -91,12 +94,14 @@ def _settings(question: Any, given: Mapping[str, str]) -> dict[str, Any]:
 def _rank(question: Any, pairs: list[tuple[Job, Outcome]], papers_of: dict[str, str]) -> list[dict[str, Any]]:
     """Return entries from best to worst; two whose paired difference has 0 inside are tied."""
     values: dict[str, dict[int, float]] = {name: {} for name in papers_of}
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in papers_of}
     errors: dict[str, str] = {}
     for job, outcome in pairs:
         if outcome.error:
             errors[job.params["entry"]] = outcome.error
         else:
             values[job.params["entry"]][job.seed] = outcome.value
+            figures[job.params["entry"]].append(outcome.records)
     sign = 1 if question.better == "lower" else -1
     whole = [name for name in values if name not in errors and values[name]]
     whole.sort(key=lambda name: sign * statistics.summary(list(values[name].values()))["mean"])
@@ -111,6 +116,10 @@ def _rank(question: Any, pairs: list[tuple[Job, Outcome]], papers_of: dict[str, 
         if not tied:
             leader, rank = name, place
         described = {**statistics.summary(mine), "values": mine}
+        if any(figures[name]):
+            described["figures"] = {
+                key: sum(f[key] for f in figures[name]) / len(mine) for key in figures[name][0]
+            }
         rows.append({"rank": rank, "entry": name, "paper": papers_of[name] or None, "metric": question.metric,
                      "better": question.better, **described})  # fmt: skip
     for row in rows:

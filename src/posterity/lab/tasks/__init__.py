@@ -37,7 +37,8 @@ class Task:
     data : str
         The default data.
     score : callable
-        ``score(fit, seed, data, target, **settings)`` fits an entry and measures it.
+        ``score(fit, seed, data, target, **settings)`` fits an entry and measures it: the metric, or a dict of
+        figures, of which the first is the metric and the others stand beside it.
     takes_target : bool
         Whether a user may say which column is predicted.
     loading : dict
@@ -54,7 +55,7 @@ class Task:
     metric: str
     better: str
     data: str
-    score: Callable[..., float]
+    score: Callable[..., float | dict[str, float]]
     takes_target: bool = False
     loading: dict[str, Any] = field(default_factory=dict)
     needs: Callable[..., None] | None = None
@@ -77,12 +78,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Entry:
-    """A competitor: its name, its paper (empty for an ordinary choice), how it is fitted."""
+    """A competitor: its name, its paper (empty for an ordinary choice), how it is fitted, what must be asked for it."""
 
     task: str
     name: str
     paper: str
     fit: Callable[..., Callable[..., Any]]
+    where: Mapping[str, Any] = field(default_factory=dict)
 
 
 _ENTRIES: dict[tuple[str, str], Entry] = {}
@@ -128,7 +130,9 @@ def get_task(task: str) -> Task:
     return import_module(f"{__name__}.{task_file(task).stem}").TASK
 
 
-def entry(task: str, name: str, *, paper: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def entry(
+    task: str, name: str, *, paper: str = "", where: Mapping[str, Any] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function ``fit(train, seed) -> predict`` as an entry of a task.
 
     Parameters
@@ -139,6 +143,8 @@ def entry(task: str, name: str, *, paper: str = "") -> Callable[[Callable[..., A
         What the ranking calls it.
     paper : str, default=""
         Its slug, empty for an ordinary choice.
+    where : mapping of str to value, optional
+        Settings of the question under which it can answer; under others it does not compete.
 
     Returns
     -------
@@ -148,7 +154,7 @@ def entry(task: str, name: str, *, paper: str = "") -> Callable[[Callable[..., A
     task_file(task)
 
     def keep(fit: Callable[..., Any]) -> Callable[..., Any]:
-        _ENTRIES[task, name] = Entry(task, name, paper, fit)
+        _ENTRIES[task, name] = Entry(task, name, paper, fit, where or {})
         return fit
 
     return keep
@@ -193,7 +199,13 @@ def score_entry(
     """
     for module in filter(None, (home, source)):
         import_module(module)
-    return get_task(task).score(entries(task)[entry].fit, trial.seed, data, target, **settings or {})
+    found = get_task(task).score(entries(task)[entry].fit, trial.seed, data, target, **settings or {})
+    if not isinstance(found, dict):
+        return found
+    metric, *others = found
+    for name in others:
+        trial.record(name, found[name])
+    return found[metric]
 
 
 __getattr__, __dir__ = serve_files(__name__)

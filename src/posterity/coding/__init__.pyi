@@ -1,0 +1,13 @@
+from posterity.coding.finite_state import FiniteStateCoder as FiniteStateCoder
+from posterity.coding.finite_state_prior import FiniteStatePrior as FiniteStatePrior
+from posterity.coding.finite_state_prior import HardmaxQuantizer as HardmaxQuantizer
+from posterity.coding.finite_state_prior import Quantized as Quantized
+from posterity.coding.fsar import CodecLoss as CodecLoss
+from posterity.coding.fsar import FSARCodec as FSARCodec
+from posterity.coding.idempotent_codec import IdempotentCodec as IdempotentCodec
+from posterity.coding.idempotent_codec import PosteriorSample as PosteriorSample
+from posterity.coding.idempotent_codec import linear_betas as linear_betas
+from posterity.coding.idempotent_codec import posterior_sample as posterior_sample
+from posterity.coding.priors import GaussianMixturePrior as GaussianMixturePrior
+from posterity.coding.priors import NetPrior as NetPrior
+from posterity.coding.transform_codec import TransformCodec as TransformCodec
