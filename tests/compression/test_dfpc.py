@@ -9,12 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from posterity.compression import (
-    channel_saliencies,
-    data_flow_couplings,
-    prune_channels,
-    shrink,
-)
+from posterity.compression import channel_saliencies, data_flow_couplings, prune_channels, shrink
 from posterity.testing import check_instrument
 
 

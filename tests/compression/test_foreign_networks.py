@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posterity.compression import (
+    HARP,
+    LatentNet,
     allocate_bits,
     channel_saliencies,
     data_flow_couplings,
@@ -16,11 +18,13 @@ from posterity.compression import (
     latency,
     magnitude_mask,
     pack_quantized,
+    pack_sparse,
     prune_channels,
     quantize,
     sensitivity,
     shrink,
     unpack_quantized,
+    unpack_sparse,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:channels stay that meet")  # attention, and it says so
@@ -132,3 +136,27 @@ def test_masks_and_barriers(name: str):
     state = {key: value * mask.get(key, 1) for key, value in net.state_dict().items()}
     path = error_barrier(net, net.state_dict(), state, lambda m: float(F.cross_entropy(logits(m), LABELS)), n_points=3)  # fmt: skip
     assert path.height >= 0 and len(path.errors) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_files_of_masked_and_latent_networks(name: str):
+    pytest.importorskip("constriction")
+    net = build(name)
+    mask = magnitude_mask(net, 0.9)
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            parameter.mul_(mask.get(key, 1))
+    data = pack_sparse(net)
+    assert len(data) < 0.6 * saved(net)
+    assert torch.equal(logits(unpack_sparse(build(name), data).eval()), logits(net))
+    harp = HARP(net, 0.3).eval()
+    assert torch.allclose(logits(harp.to_plain().eval()), harp(IMAGES).logits, atol=1e-6)
+    latent = LatentNet(net, start="weights", boundary=20.0).eval()
+    plain = latent.to_plain().eval()
+    assert type(plain) is type(net)
+    compact = latent.to_compact().eval()
+    for each in (compact, copy.deepcopy(compact)):  # padding by the stride of a layer, as MobileNet's
+        assert torch.allclose(logits(each), logits(plain), atol=1e-5)
+    few = HARP(net, 0.3, granularity="channel").eval()
+    assert torch.allclose(few(IMAGES).logits, logits(copy.deepcopy(few.to_compact().eval())), atol=1e-5)
+    assert torch.equal(logits(LatentNet.decompress(build(name), latent.compress()).eval()), logits(plain))

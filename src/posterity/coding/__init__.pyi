@@ -8,6 +8,11 @@ from posterity.coding.idempotent_codec import IdempotentCodec as IdempotentCodec
 from posterity.coding.idempotent_codec import PosteriorSample as PosteriorSample
 from posterity.coding.idempotent_codec import linear_betas as linear_betas
 from posterity.coding.idempotent_codec import posterior_sample as posterior_sample
+from posterity.coding.ldmic import LDMIC as LDMIC
+from posterity.coding.ldmic import RateDistortion as RateDistortion
 from posterity.coding.priors import GaussianMixturePrior as GaussianMixturePrior
 from posterity.coding.priors import NetPrior as NetPrior
 from posterity.coding.transform_codec import TransformCodec as TransformCodec
+from posterity.coding.view_transfer import CheckerboardContext as CheckerboardContext
+from posterity.coding.view_transfer import EfficientAttention as EfficientAttention
+from posterity.coding.view_transfer import JointContextTransfer as JointContextTransfer

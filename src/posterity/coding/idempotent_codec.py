@@ -56,6 +56,7 @@ def linear_betas(n_steps: int = 1000) -> Float[Tensor, " steps"]:
     Parameters
     ----------
     n_steps : int, default=1000
+        At least 1.
 
     Returns
     -------
@@ -113,13 +114,16 @@ def posterior_sample(
         Samples whose residual is above ``tolerance`` are drawn again, with 1.5 times the scale, this often in all;
         the better counts.
     tolerance : float, optional
+        Residual above which a sample is drawn again; None takes what comes.
     x_init : Tensor of shape (n, *shape), optional
         Where to start, by default from normal noise.
     generator : torch.Generator, optional
+        Of the noise.
 
     Returns
     -------
     PosteriorSample
+        With the dtype of ``target``.
 
     Raises
     ------

@@ -115,6 +115,7 @@ class GaussianMixturePrior(nn.Module):
     Parameters
     ----------
     means : Tensor of shape (K, *shape)
+        Of K components.
     covariances : Tensor of shape (K, d, d)
         Positive semi-definite; d is the number of elements of a sample.
     weights : Tensor of shape (K,)

@@ -20,6 +20,9 @@ from posterity.compression.harp import step_up as step_up
 from posterity.compression.imp_geometry import Level as Level
 from posterity.compression.imp_geometry import iterative_pruning as iterative_pruning
 from posterity.compression.imp_geometry import magnitude_mask as magnitude_mask
+from posterity.compression.latent_prior import FactorizedPrior as FactorizedPrior
+from posterity.compression.latent_prior import slice_norm as slice_norm
+from posterity.compression.lilnetx import LatentNet as LatentNet
 from posterity.compression.loss_curvature import Spectrum as Spectrum
 from posterity.compression.loss_curvature import hessian_spectrum as hessian_spectrum
 from posterity.compression.loss_curvature import prunable_fraction as prunable_fraction

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import fx, nn
 
-__all__ = ["WEIGHTED", "weighted_layers"]
+__all__ = ["WEIGHTED", "in_place_of", "weighted_layers"]
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -45,3 +45,16 @@ def weighted_layers(
     if not wanted:
         raise ValueError(f"layers must name at least one layer: {known}")
     return {name: module for name, module in found.items() if name in wanted}
+
+
+def in_place_of(layer: nn.Module, root: nn.Module, graph: fx.Graph, name: str) -> nn.Module:
+    """Return a graph as a module of torch's own class, which a file can hold without this library.
+
+    It answers as the layer does when it is asked for its stride or its size, also as a copy.
+    """
+    made = fx.GraphModule(root, graph, name).train(layer.training)
+    facts = {fact: getattr(layer, fact) for fact in getattr(layer, "__constants__", ())}
+    made.meta[fx.graph_module._USER_PRESERVED_ATTRIBUTES_KEY] = facts
+    for fact, value in facts.items():
+        setattr(made, fact, value)
+    return made

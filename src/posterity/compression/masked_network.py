@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from posterity._checks import one_of, within
 from posterity._precision import wide
-from posterity.compression._layers import WEIGHTED, weighted_layers
+from posterity.compression._layers import WEIGHTED, in_place_of, weighted_layers
 
 __all__ = ["HARP"]
 
@@ -423,6 +423,4 @@ def _picking(layer: nn.Module, kept: Tensor, ndim: int) -> nn.Module:
     root = nn.Module()
     root.add_module("layer", layer)
     root.register_buffer("kept", kept)
-    made = torch.fx.GraphModule(root, graph, "Picking")
-    made.training = layer.training
-    return made
+    return in_place_of(layer, root, graph, "Picking")
