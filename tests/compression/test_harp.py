@@ -256,7 +256,12 @@ def test_shared_weights_have_one_mask(granularity):
         assert harp.positions.tolist() == [15], "three times five rows"
 
 
-def test_compact_is_plain_with_fewer_parameters_and_runs_without_posterity():
+def untraceable(*_, **__):
+    """Stands for what other libraries put in the place of a torch function: it looks at its arguments."""
+    raise AssertionError
+
+
+def test_compact_is_plain_with_fewer_parameters_and_runs_without_posterity(monkeypatch):
     net, x = convolutions().eval(), drawn(4, 2, 6, 6)
     harp = HARP(net, 0.4, granularity="channel").eval()
     with pytest.raises(ValueError, match="must have had an input"):
@@ -272,6 +277,7 @@ def test_compact_is_plain_with_fewer_parameters_and_runs_without_posterity():
     kept = harp.masks()["3"].flatten()
     assert small[3].layer.weight.shape == (5, int(kept.sum()), 3, 3)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
+    monkeypatch.setattr(torch, "index_select", untraceable)
     file = io.BytesIO()
     torch.save(small, file)
     assert b"posterity" not in file.getvalue()
@@ -282,6 +288,7 @@ def test_compact_is_plain_with_fewer_parameters_and_runs_without_posterity():
         pickle.loads(pickle.dumps(small)),
     ):
         assert torch.equal(twin(x), small(x))
+    monkeypatch.undo()
     exported = torch.export.export(small, (x,)).module()
     torch.testing.assert_close(exported(x), small(x))
     small(x).sum().backward()

@@ -228,6 +228,7 @@ distributed.init_process_group("gloo", store=store, rank=1, world_size=2, timeou
 loss, z = CIDERLoss(3, 5, momentum=0.7).double(), data["z"][7:].requires_grad_()
 loss(z, data["y"][7:]).backward()
 torch.save({"prototypes": loss.prototypes, "gradient": z.grad}, sys.argv[3])
+distributed.destroy_process_group()
 """
 
 

@@ -418,7 +418,7 @@ def _picking(layer: nn.Module, kept: Tensor, ndim: int) -> nn.Module:
     """Return a module that calls a layer on some of its channels; torch's own class, so that a file needs no other."""
     graph = torch.fx.Graph()
     x = graph.placeholder("input")
-    some = graph.call_function(torch.index_select, (x, 1 - ndim, graph.get_attr("kept")))
+    some = graph.call_method("index_select", (x, 1 - ndim, graph.get_attr("kept")))
     graph.output(graph.call_module("layer", (some,)))
     root = nn.Module()
     root.add_module("layer", layer)

@@ -67,14 +67,14 @@ def _smaller(layer: Any, inputs: Tensor, outputs: Tensor) -> nn.Module:
     x = graph.placeholder("input")
     if len(inputs) < n_in:
         root.register_buffer("inputs", inputs)
-        x = graph.call_function(torch.index_select, (x, -1 - spatial, graph.get_attr("inputs")))
+        x = graph.call_method("index_select", (x, -1 - spatial, graph.get_attr("inputs")))
     x = graph.call_module("layer", (x,))
     if len(outputs) < n_out:  # one channel of zeros behind the others, which all that is skipped points to
         places = torch.full((n_out,), len(outputs), device=outputs.device)
         places[outputs] = torch.arange(len(outputs), device=outputs.device)
         root.register_buffer("outputs", places)
         x = graph.call_function(F.pad, (x, (0, 0) * spatial + (0, 1)))
-        x = graph.call_function(torch.index_select, (x, -1 - spatial, graph.get_attr("outputs")))
+        x = graph.call_method("index_select", (x, -1 - spatial, graph.get_attr("outputs")))
         if layer.bias is not None:
             root.register_parameter("bias", nn.Parameter(layer.bias.reshape(-1, *[1] * spatial).clone()))
             small.bias = None
