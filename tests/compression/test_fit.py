@@ -364,7 +364,7 @@ def test_transformers_fast_path_is_quantised_too():
 
 
 def test_divergence_is_proportional_to_the_score():
-    """Uniform noise of power p in a trained softmax regression: E KL is a twelfth... of the Fisher form, half of it."""
+    """Uniform noise of power p in a trained softmax regression: the mean divergence is half the trace times p."""
     torch.manual_seed(0)
     centres = torch.randn(3, 5, dtype=torch.float64)
     y = torch.randint(3, (600,))

@@ -322,6 +322,7 @@ def latency(model: nn.Module, example_inputs: Inputs, *, repeats: int = 30, warm
 
 @contextmanager
 def _as_it_predicts(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode for a while; attention keeps its fast path, which is what is timed."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
