@@ -77,6 +77,18 @@ def test_the_choice_is_noise_free_and_its_gradient_falls_with_the_temperature():
     assert sizes[0] > sizes[1] > sizes[2]
 
 
+def test_weights_of_codes_count_in_the_choice_and_a_code_of_weight_zero_is_never_made():
+    layer, z = quantizer(temperature=1.0), vectors()
+    weights = torch.tensor([0.02, 0.9, 0.08, 0.0, 0.0], dtype=torch.float64)
+    made = layer(z, weights=weights)
+    logits = -(z[..., None, :] - layer.codebook[:, None, None]).square().sum(-1) / 2 + weights.log()
+    assert torch.equal(made.indices, logits.argmax(-1))
+    assert (made.indices != layer(z).indices).any()
+    probe = torch.randn_like(logits)
+    got, want = (torch.autograd.grad((x * probe).sum(), z, retain_graph=True)[0] for x in (made.one_hot, logits.softmax(-1)))  # fmt: skip
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
 def test_codes_are_drawn_from_vectors():
     layer, z = quantizer(), vectors()
     layer.init_from(z, generator=torch.Generator().manual_seed(0))
@@ -137,12 +149,12 @@ def test_weights_of_states_are_entmax():
     torch.testing.assert_close(_Entmax.apply(z, 2.0), (z - tau).clamp_min(0))
     torch.testing.assert_close(_Entmax.apply(z, 1 + 1e-6), z.softmax(0), rtol=1e-4, atol=1e-4)
     for alpha in (1.4, 1.5):
-        p = _Entmax.apply(3 * z, alpha)
-        assert (p == 0).any()
-        threshold = ((alpha - 1) * 3 * z - p.pow(alpha - 1))[p > 0]  # the same for all that are kept
+        p = _Entmax.apply(z, alpha)
+        assert (p == 0).any() and (p > 0).sum() > 2
+        threshold = ((alpha - 1) * z - p.pow(alpha - 1))[p > 0]  # the same for all that are kept
         assert float(threshold.max() - threshold.min()) < 1e-9
-        assert ((alpha - 1) * 3 * z)[p == 0].max() <= threshold.mean()
-        assert torch.autograd.gradcheck(lambda x, a=alpha: _Entmax.apply(x, a), (3 * z).requires_grad_())
+        assert ((alpha - 1) * z)[p == 0].max() <= threshold.mean()
+        assert torch.autograd.gradcheck(lambda x, a=alpha: _Entmax.apply(x, a), z.clone().requires_grad_())
     net, _ = prior([LEFT], reduce=True)
     net.states.data[1] = -9.0
     assert net.active_states().tolist() == [True, False, True, True]
@@ -173,6 +185,24 @@ def test_pixels_have_the_logistic_distribution():
             edges = logistic.cdf(np.arange(63) + 0.5, loc=m * step[i], scale=2 ** ((i - FINEST) / 4))
             want = np.diff(np.concatenate([[0], edges, [1]]))
             np.testing.assert_allclose(rows[first[i] + m], want * (1 - 64 / 2**16) + 2**-16, atol=2**-16)
+
+
+def test_nats_of_pixels_are_those_of_the_logistic_far_out_too():
+    net, rng = FSARCodec(2, n_levels=64, n_codes=2, dim=2, hidden=4), torch.Generator().manual_seed(0)
+    out = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64, generator=rng)
+    out[0, :, 1] = 9 * out[0, :, 1]  # beyond the sharpest and the widest scale
+    x = torch.randint(64, (3, 2, 5, 4), generator=rng)
+    x[..., 0], x[..., 1] = 0, 63
+    scale = (2.0 ** (2 * out[:, :, 1] + 1)).clamp(2**-2.5, 2**6.25)
+    away = x - 63 / 2 * (1 + out[:, :, 0])
+    sign = torch.where(
+        away > 0, -1.0, 1.0
+    )  # the tail in which the difference of probabilities does not cancel
+    low, high = (logistic.cdf(sign * (away + side * sign) / scale) for side in (-0.5, 0.5))
+    want = -np.log(high - low)
+    want = np.where(x == 0, -logistic.logcdf((away + 0.5) / scale), want)
+    want = np.where(x == 63, -logistic.logsf((away - 0.5) / scale), want)
+    torch.testing.assert_close(net._logistic(out, x), torch.from_numpy(want))
 
 
 def codec(channels=1, n_levels=16, freeze=True, **options):
@@ -257,6 +287,14 @@ def test_a_trained_codec_writes_what_it_promises_and_its_state_reads_it():
         CODECS["categorical"].decompress(data)
 
 
+def test_files_of_logistic_pixels_are_as_long_as_promised():
+    net = CODECS["logistic"]
+    x = images((6, 3, 16, 16), 64) // 4 + 20
+    with torch.no_grad():
+        bits = float(net(x).bits_per_dim.mean())
+    assert 8 * (len(net.compress(x)) - 48) / x.numel() == pytest.approx(bits, rel=0.01)
+
+
 def test_codes_of_weight_zero_leave_the_table():
     net = codec(reduce_states=True, freeze=False)
     net.prior.states.data[1:3] = -9.0
@@ -265,6 +303,18 @@ def test_codes_of_weight_zero_leave_the_table():
     x = images((3, 1, 9, 9), 16)
     assert torch.equal(net.decompress(net.compress(x)), x)
     assert int(net(x).rate.isfinite().sum()) == 3
+
+
+def test_a_frozen_codec_chooses_the_codes_of_the_networks_in_floats():
+    net, chosen = codec(reduce_states=True, freeze=False), []
+    net.prior.states.data = torch.tensor([1.0, 0.0, -9.0, 1.5, 0.5])
+    net.quantizer.register_forward_hook(lambda _, __, made: chosen.append(made.indices))
+    x = images((6, 1, 16, 16), 16)
+    net(x)
+    kept = net.freeze().active.nonzero()[:, 0]
+    found = kept[net._frozen().indices(net._scaled(net._padded(x)))]
+    assert kept.tolist() == [0, 1, 3, 4]
+    assert (found == chosen[0]).double().mean() > 0.97
 
 
 @pytest.mark.parametrize("cast", [False, True])

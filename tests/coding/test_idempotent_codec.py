@@ -86,6 +86,12 @@ def test_log_prob_samples_and_fit():
     torch.testing.assert_close(prior.log_prob(x[:9]), want)
     mean = (prior.log_weights.exp()[:, None] * prior.mean).sum(0)
     torch.testing.assert_close(x.mean(0), mean, atol=0.08, rtol=0)
+    torch.testing.assert_close(prior.log_weights.exp(), torch.tensor([1, 2, 3]).double() / 6)
+    spread = prior.bases @ torch.diag_embed(prior.spreads) @ prior.bases.mT + torch.einsum(
+        "ki,kj->kij", prior.mean, prior.mean
+    )
+    cov = torch.einsum("k,kij->ij", prior.log_weights.exp(), spread) - torch.outer(mean, mean)
+    assert (torch.cov(x.mT) - cov).abs().max() < 0.05 * cov.abs().max()
     again = GaussianMixturePrior.fit(x.reshape(-1, 2, 2)[:4000].float(), 3, reg=1e-6, random_state=0)
     assert again.shape == (2, 2)
     order = [int((again.mean - m).norm(dim=1).argmin()) for m in prior.mean]
@@ -214,6 +220,20 @@ def test_only_what_missed_the_tolerance_is_drawn_again():
     torch.testing.assert_close(more.residual, (target - more.x).norm(dim=1))
 
 
+def test_each_new_try_pulls_half_as_much_again():
+    prior, start, target = mixture(), torch.randn(8, 4, generator=rng(1)), torch.randn(8, 4, generator=rng(2))
+    options = {"betas": torch.tensor([0.3]), "x_init": start, "clip": None}
+
+    def sample(scale, **more):
+        return posterior_sample(prior, lambda x: x, target, (8, 4), scale=scale, **options, **more)
+
+    tries = [sample(0.1 * 1.5**k) for k in range(3)]
+    assert (tries[2].residual < tries[0].residual).all()
+    for n in (1, 2, 3):
+        torch.testing.assert_close(sample(0.1, max_tries=n, tolerance=0.0).x, tries[n - 1].x)
+    assert torch.equal(sample(50.0, max_tries=3, tolerance=0.0).x, sample(50.0).x)  # the first was nearest
+
+
 def test_schedule():
     betas = linear_betas()
     assert (betas[0], betas[-1], len(betas)) == (1e-4, 0.02, 1000)
@@ -243,6 +263,8 @@ def test_bytes_are_the_codecs_and_the_plain_image_too():
     assert sharp.decompress(data, realism=0, n_samples=2).shape == (2, 9, 2, 3, 3)
     one, two = (sharp.decompress(data, generator=rng()) for _ in range(2))
     assert torch.equal(one, two) and one.abs().max() <= 1
+    wild = IdempotentCodec(base, sharp.prior, betas=torch.tensor([0.3]), scale=50)
+    assert wild.decompress(data, generator=rng()).abs().max() == 1  # clipped
     half = sharp.decompress(data, realism=0.5, generator=rng())
     torch.testing.assert_close(half, 0.5 * one + 0.5 * base.decompress(data))
     many = sharp.decompress(data, n_samples=3, generator=rng())

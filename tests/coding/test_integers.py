@@ -12,7 +12,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 8, 5, stride=2, padding=2), nn.LeakyReLU(0.01), nn.Dropout(0.5),
         nn.ConvTranspose2d(8, 6, 5, stride=2, padding=2, output_padding=1, bias=False), nn.ReLU(),
-        nn.Conv2d(6, 8, (3, 1), padding=(2, 0), dilation=(2, 1)), nn.PixelShuffle(2), nn.Upsample(scale_factor=2),
+        nn.Conv2d(6, 8, (3, 1), stride=(1, 2), padding=(2, 0), dilation=(2, 1)), nn.PixelShuffle(2), nn.Upsample(scale_factor=2),
         nn.Conv2d(2, 4, 1),
     )  # fmt: skip
 

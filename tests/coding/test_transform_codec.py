@@ -53,6 +53,17 @@ def test_bytes_are_the_tables_entropy(codec):
     assert len(codec.compress(x)) * 8 < 1.01 * float(bits) + 8 * 60
 
 
+def test_tables_are_the_frequencies_of_training_with_half_a_count_more(codec):
+    symbols = codec.symbols(images()) - codec.low
+    for k in range(4):
+        size = int(symbols[:, k].max()) + 3  # two more on either side
+        counts = torch.bincount(symbols[:, k], minlength=size) + 0.5
+        want = 1 + counts / counts.sum() * (2**16 - size)
+        assert symbols[:, k].min() == 2
+        assert (codec.freqs[k, :size] - want).abs().max() <= 1
+        assert (codec.freqs[k, size:] == 0).all()
+
+
 def test_reconstruct_is_straight_through(codec):
     x = images(6, seed=5).requires_grad_()
     codec.reconstruct(x).square().sum().backward()

@@ -46,8 +46,8 @@ class Rows:
         """Put symbols on the stack, each by its row; rows are taken in order, equal ones by place."""
         if self.freqs.shape[1] == 1 or not len(rows):
             return
-        order, starts = _sorted(rows)
-        rows, symbols = rows[order], symbols[order].astype(np.int32)
+        order, rows, starts = _sorted(rows)
+        symbols = symbols[order].astype(np.int32, copy=False)
         if len(starts) * FEW > len(rows):
             for start in reversed(range(0, len(rows), self._slab)):
                 part = slice(start, start + self._slab)
@@ -62,9 +62,9 @@ class Rows:
         found = np.zeros(len(rows), np.int32)
         if self.freqs.shape[1] == 1 or not len(rows):
             return found
-        order, starts = _sorted(rows)
-        rows, taken = rows[order], np.empty(len(rows), np.int32)
+        order, rows, starts = _sorted(rows)
         if len(starts) * FEW > len(rows):
+            taken = np.empty(len(rows), np.int32)
             for start in range(0, len(rows), self._slab):
                 part = slice(start, start + self._slab)
                 taken[part] = ans.decode(family(), self._probs(rows[part]))
@@ -93,14 +93,13 @@ class Rows:
         return [known[row] for row in wanted]
 
 
-def _sorted(rows: ndarray) -> tuple[ndarray, list[int]]:
-    """Return the stable order of rows, and where a new one begins."""
+def _sorted(rows: ndarray) -> tuple[ndarray, ndarray, list[int]]:
+    """Return the stable order of rows, rows in it, and where a new one begins."""
     if rows.max() < 2**16:
-        order = np.argsort(rows.astype(np.uint16), kind="stable")  # by radix
-    else:
-        order = np.argsort(rows, kind="stable")
-    sorted_rows = rows[order]
-    return order, [0, *(np.flatnonzero(sorted_rows[1:] != sorted_rows[:-1]) + 1).tolist()]
+        rows = rows.astype(np.uint16)  # sorted by radix
+    order = np.argsort(rows, kind="stable")
+    rows = rows[order]
+    return order, rows, [0, *(np.flatnonzero(rows[1:] != rows[:-1]) + 1).tolist()]
 
 
 def stack(data: bytes | None = None, *parts: tuple[int, float]) -> Any:

@@ -218,7 +218,7 @@ class FiniteStateCoder:
         grid = self._check(symbols)
         ans = stack()
         self.push(ans, grid)
-        head = CODER_HEAD.pack(grid.ndim, self.precision, self.n_symbols, self.hash, zlib.crc32(grid.astype("<i8").tobytes()))  # fmt: skip
+        head = CODER_HEAD.pack(grid.ndim, self.precision, self.n_symbols, self.hash, _grid_checksum(grid))
         return seal(CODER_MARK, head + pack_shape(grid.shape) + words(ans))
 
     def decompress(self, data: bytes) -> Int[Tensor, "n channels *spatial"]:
@@ -254,7 +254,7 @@ class FiniteStateCoder:
             raise ValueError(f"data must have symbols of {self.channels} channels that fit the offsets, got shape {shape}")  # fmt: skip
         ans = stack(payload[at:], (math.prod(shape), self.least))
         grid = self.pop(ans, shape)
-        if zlib.crc32(grid.astype("<i8").tobytes()) != checksum:
+        if _grid_checksum(grid) != checksum:
             raise ValueError("data must give the symbols that its checksum says, got others: it is damaged")
         return torch.from_numpy(grid)
 
@@ -348,6 +348,10 @@ def _states(grid: ndarray) -> ndarray:
     states = np.zeros((flat.shape[1] + 1, len(flat)), np.int32)
     states[:-1] = flat.T + 1
     return states
+
+
+def _grid_checksum(grid: ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(grid, "<i8").data)
 
 
 def check_precision(precision: Any) -> int:

@@ -320,11 +320,10 @@ class FSARCodec(nn.Module):
         log_scale = (out[:, :, 1] * 2 + self.n_levels.bit_length() - 6) * math.log(2)
         log_scale = log_scale.clamp(-FINEST / 4 * math.log(2), (SCALES - 1 - FINEST) / 4 * math.log(2))
         away = x - (self.n_levels - 1) / 2 * (1 + out[:, :, 0])
-        below, above = (away - 0.5) * (-log_scale).exp(), (away + 0.5) * (-log_scale).exp()
-        inner = above.sigmoid() - below.sigmoid()
-        middle = away * (-log_scale).exp()
-        density = F.logsigmoid(middle) + F.logsigmoid(-middle) - log_scale  # where the difference cancels
-        log_p = torch.where(inner > 1e-4, inner.clamp_min(1e-4).log(), density)
+        narrow = (-log_scale).exp()
+        below, above = (away - 0.5) * narrow, (away + 0.5) * narrow
+        # s(b) - s(a) = s(b) s(-a) (1 - e^(a - b)), which does not cancel far out
+        log_p = F.logsigmoid(above) + F.logsigmoid(-below) + torch.log(-torch.expm1(-narrow))
         log_p = torch.where(x == 0, F.logsigmoid(above), log_p)
         return -torch.where(x == self.n_levels - 1, F.logsigmoid(-below), log_p)
 

@@ -32,8 +32,10 @@ from posterity.coding.view_streams import (
     SIDE,
     FrozenViews,
     Predictor,
+    Window,
     gaussian_nats,
     mixture_log_p,
+    plain_conv,
 )
 from posterity.coding.view_transfer import SLOPE, CausalContext, CheckerboardContext, JointContextTransfer
 
@@ -375,7 +377,9 @@ class LDMIC(nn.Module):
         elif self.context_kind == "none" or self.training:
             known = seen_y
         else:
-            walk = Predictor(self.context_kind, self._seen(), self.parameters_of, 1.0).walk
+            own = self._seen()
+            seen = None if own is None else Window.of(own, whole=False)
+            walk = Predictor(self.context_kind, seen, self.parameters_of, 1.0).walk
             known = walk(hyper, lambda mean, _, pick: torch.round(pick(y) - mean))
         mean, raw = self._predicted(hyper, known)
         away = _rounded(y - mean)
@@ -394,10 +398,7 @@ class LDMIC(nn.Module):
         """Return the context as a plain convolution without padding."""
         if self.context is None:
             return None
-        own = self.context
-        plain = nn.Conv2d(own.in_channels, own.out_channels, 5, dtype=own.weight.dtype, device=own.weight.device)  # fmt: skip
-        plain.weight.data, plain.bias.data = (own.weight * own.mask).detach(), own.bias.detach()  # type: ignore[union-attr]
-        return plain
+        return plain_conv(self.context.weight * self.context.mask, self.context.bias)
 
     def _hyper_log_p(self, z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the log-probability of the unit interval about each hyper-latent (m, hidden, h, w)."""

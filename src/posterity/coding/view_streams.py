@@ -78,13 +78,19 @@ class _IntegerGDN(nn.Module):
     def __init__(self, layer: GDN) -> None:
         super().__init__()
         beta, gamma = (value.detach() for value in layer.rates())
-        sums = nn.Conv2d(*gamma.shape[::-1], 1)  # type: ignore[misc]
-        sums.weight.data, sums.bias.data = gamma[..., None, None], beta  # type: ignore[union-attr]
-        self.sums = integer_network([sums])
+        self.sums = integer_network([plain_conv(gamma[..., None, None], beta)])
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.sums(torch.floor(x * x / UNIT).clamp_max(LIMIT)).clamp_min(1.0)
         return torch.floor(x * math.sqrt(UNIT) / norm.sqrt()).clamp(-LIMIT, LIMIT)
+
+
+def plain_conv(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    """Return a convolution of these numbers, without padding; no generator is asked for others first."""
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], device="meta")  # type: ignore[arg-type]
+    conv.weight = nn.Parameter(weight.detach())
+    conv.bias = None if bias is None else nn.Parameter(bias.detach())
+    return conv
 
 
 def integers(layers: Iterable[nn.Module]) -> nn.Sequential:
@@ -97,6 +103,41 @@ def integers(layers: Iterable[nn.Module]) -> nn.Sequential:
 Pick = Callable[[Tensor], Tensor]
 
 
+class Window(NamedTuple):
+    """A convolution of 5 x 5 at some places only, by those of its taps that are not 0.
+
+    Attributes
+    ----------
+    rows, columns : Tensor of shape (taps,)
+        Of the window.
+    net : nn.Module
+        Of the numbers at the taps, channel by channel: 1 x 1.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    net: nn.Module
+
+    @classmethod
+    def of(cls, seen: nn.Conv2d, *, whole: bool) -> "Window":
+        """Return the window of a convolution, in floats or in whole units."""
+        taps = (seen.weight != 0).any(0).any(0)
+        taps[0, 0] |= ~taps.any()  # one at least
+        weight = seen.weight[..., taps].detach().flatten(1)[..., None, None]
+        net = plain_conv(weight, seen.bias)
+        rows, columns = taps.nonzero().unbind(1)
+        return cls(rows, columns, integers([net]) if whole else net)
+
+    def at(self, padded: Tensor, corners: Tensor) -> Tensor:
+        """Return what is seen (n, out, places) in windows whose first number has these places of the flat grid."""
+        around = (self.rows * padded.shape[3] + self.columns)[:, None] + corners
+
+        def net(x: Tensor) -> Tensor:
+            return self.net(x[..., around].flatten(1, 2)[..., None])[..., 0]
+
+        return at_rest(net, padded.flatten(2))
+
+
 class Predictor(NamedTuple):
     """What gives means and scales of latents: of the hyperprior alone, or also of latents that are known.
 
@@ -104,8 +145,8 @@ class Predictor(NamedTuple):
     ----------
     context : str
         "none", "checkerboard" or "autoregressive".
-    seen : nn.Module, optional
-        A convolution of 5 x 5 without padding.
+    seen : Window, optional
+        Of the context.
     parameters : nn.Module, optional
         Of what is seen and the hyperprior.
     unit : float
@@ -113,7 +154,7 @@ class Predictor(NamedTuple):
     """
 
     context: str
-    seen: nn.Module | None
+    seen: Window | None
     parameters: nn.Module | None
     unit: float
 
@@ -126,31 +167,29 @@ class Predictor(NamedTuple):
         """
         n, width, h, w = hyper.shape
         padded = hyper.new_zeros(n, width // 2, h + 2 * REACH, w + 2 * REACH)
-        for area, chosen, blind in self._order(h, w):
-            window = padded[(..., *(slice(side.start, side.stop + 2 * REACH) for side in area))]
+        flat, across = padded.flatten(2), padded.shape[3]
+        for places, blind in self._order(h, w, hyper.device):
+            corners = places // w * across + places % w
 
-            def pick(x: Tensor, area: Any = area, chosen: Tensor = chosen) -> Tensor:
-                return x[(..., *area)][..., chosen]
+            def pick(x: Tensor, places: Tensor = places) -> Tensor:
+                return x.flatten(2)[..., places]
 
-            seen = None if blind or self.seen is None else at_rest(self.seen, window)[..., chosen]
+            seen = None if blind or self.seen is None else self.seen.at(padded, corners)
             mean, raw = self._predicted(pick(hyper), seen)
-            inner = window[..., REACH:-REACH, REACH:-REACH]
-            inner[..., chosen] = symbols(mean, raw, pick) * self.unit + mean
+            flat[..., corners + REACH * (across + 1)] = symbols(mean, raw, pick) * self.unit + mean
         return padded[..., REACH:-REACH, REACH:-REACH]
 
-    def _order(self, h: int, w: int) -> Iterator[tuple[tuple[slice, slice], Tensor, bool]]:
-        """Yield areas of the grid, which places of them are next, and whether by the hyperprior alone."""
-        whole = (slice(0, h), slice(0, w))
-        if self.context == "none":
-            yield whole, torch.ones(h, w, dtype=torch.bool), True
-        elif self.context == "checkerboard":
+    def _order(self, h: int, w: int, device: torch.device) -> Iterator[tuple[Tensor, bool]]:
+        """Yield which places of the flat grid are next, and whether by the hyperprior alone."""
+        every = torch.arange(h * w, device=device)
+        if self.context == "checkerboard":
+            first = anchors(h, w).flatten().to(device)
             if h * w > 1:  # else there are no anchors
-                yield whole, anchors(h, w), True
-            yield whole, ~anchors(h, w), False
+                yield every[first], True
+            yield every[~first], False
         else:
-            for i in range(h):
-                for j in range(w):
-                    yield (slice(i, i + 1), slice(j, j + 1)), torch.ones(1, 1, dtype=torch.bool), False
+            for places in every.split(1 if self.context == "autoregressive" else h * w):
+                yield places, self.context == "none"
 
     def _predicted(self, hyper: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return mean and raw scale at some places (n, latent, places), of the hyperprior and what is seen there."""
@@ -181,7 +220,7 @@ def mixture_log_p(z: Tensor, mixture: Tensor) -> Tensor:
     return (logits.log_softmax(0) + each).logsumexp(0)
 
 
-def at_rest(net: nn.Module, x: Tensor) -> Tensor:
+def at_rest(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return what a network makes of a batch, so many at once as memory likes."""
     step = max(1, AT_ONCE // max(1, 25 * x[0].numel()))
     return net(x) if len(x) <= step else torch.cat([net(part) for part in x.split(step)])
@@ -201,16 +240,21 @@ class FrozenViews(NamedTuple):
     @classmethod
     def of(
         cls, encoder: nn.Sequential, hyper_encoder: nn.Sequential, hyper_decoder: nn.Sequential, context: str,
-        seen: nn.Module | None, parameters: nn.Sequential | None, freqs: ndarray, about: tuple[Any, ...],
+        seen: nn.Conv2d | None, parameters: nn.Sequential | None, freqs: ndarray, about: tuple[Any, ...],
     ) -> "FrozenViews":  # fmt: skip
         """Return the integers of networks, and of a table of hyper-latents (channels, 2 SIDE + 1)."""
         predictor = Predictor(
-            context, None if seen is None else integers([seen]), None if parameters is None else integers(parameters), UNIT
+            context, None if seen is None else Window.of(seen, whole=True),
+            None if parameters is None else integers(parameters), UNIT,
         )  # fmt: skip
         reader = integers(hyper_decoder)
         rows, hyper_rows = gaussian_rows(), Rows(freqs, PRECISION)
         check = zlib.crc32(repr((about, context, rows.checksum(), hyper_rows.checksum())).encode())
-        for net in (reader, predictor.seen, predictor.parameters):  # not the encoder: cameras may have others
+        for net in (
+            reader,
+            None if seen is None else integers([seen]),
+            predictor.parameters,
+        ):  # not the encoder: cameras may have others
             for name, value in net.state_dict().items() if net is not None else ():
                 check = zlib.crc32(value.numpy().astype("<f8").tobytes(), zlib.crc32(name.encode(), check))
         return cls(integers(encoder), integers(hyper_encoder), reader, predictor, hyper_rows, rows, check)
