@@ -133,21 +133,15 @@ def spectra() -> None:
 
 
 def share() -> None:
+    """Race against the sort alone that the definition begins with."""
     D = 10**6
     weights, nodes = torch.randn(D), 10 ** (6 * torch.rand(256, dtype=torch.float64) - 6)
     spectrum = Spectrum(nodes, torch.full((256,), D / 256, dtype=torch.float64), 0.0)
-    seconds = {"all": [], "sort": []}
-    for _ in range(7):
-        start = time.perf_counter()
-        prunable_fraction(weights, spectrum, 0.05)
-        seconds["all"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        np.sort(weights.abs().double().numpy())
-        seconds["sort"].append(time.perf_counter() - start)
-    rest = min(seconds["all"]) - min(seconds["sort"])
-    print(
-        f"share of a million weights: {1e3 * min(seconds['all']):.1f} ms, {1e3 * rest:.1f} ms beside the sort (target 1 ms)"
-    )
+    race(
+        "share that may be cut of a million weights, against a sort of them",
+        lambda: prunable_fraction(weights, spectrum, 0.05),
+        lambda: np.sort(weights.abs().double().numpy()), target=1,
+    )  # fmt: skip
 
 
 def main() -> None:

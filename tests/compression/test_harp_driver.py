@@ -153,6 +153,55 @@ def test_low_precision(dtype):
     assert torch.equal(back[0].weight, harp.to_plain()[0].weight)
 
 
+def test_trades_climbs_the_divergence_and_the_others_the_loss_of_the_label():
+    """A step for each input, against the gradient by hand at the start of the attack."""
+    x, y = sample(dtype=torch.float64)
+    for kind in ("pgd", "mart", "trades"):
+        net = Watch(network().double().eval())
+        robust_loss(
+            net, x, y, kind=kind, epsilon=1.0, step_size=0.01, n_steps=1, clip=None, generator=seeded()
+        )
+        start = net.seen[kind == "trades"][0].requires_grad_()
+        logits = net.inner(start)
+        if kind == "trades":
+            climbed = F.kl_div(logits.log_softmax(1), net.inner(x).softmax(1), reduction="sum")
+        else:
+            climbed = F.cross_entropy(logits, y, reduction="sum")
+        (slope,) = torch.autograd.grad(climbed, start)
+        expected = (start.detach() - x + 0.01 * slope.sign()).clamp(-1, 1)
+        torch.testing.assert_close(net.seen[-1][0] - x, expected)
+
+
+def test_attacks_start_uniform_in_the_ball_or_for_trades_a_thousandth_away():
+    net, y = Watch(nn.Linear(3, 2).double()), torch.zeros(4000, dtype=torch.long)
+    x = torch.zeros(4000, 3, dtype=torch.float64)
+    starts = {}
+    for kind, norm in (("pgd", "linf"), ("pgd", "l2"), ("mart", "l2"), ("trades", "linf")):
+        net.seen.clear()
+        robust_loss(
+            net,
+            x,
+            y,
+            kind=kind,
+            norm=norm,
+            epsilon=0.5,
+            step_size=0.0,
+            n_steps=1,
+            clip=None,
+            generator=seeded(),
+        )
+        starts[kind, norm] = net.seen[kind == "trades"][0]
+    cube, ball, near = (starts[key] / 0.5 for key in (("pgd", "linf"), ("pgd", "l2"), ("trades", "linf")))
+    assert torch.equal(starts["mart", "l2"], starts["pgd", "l2"])
+    shares = {"in a half cube": ((cube.abs() < 0.5).double().mean(), 0.5),
+              "in the ball of half the volume": ((ball.norm(dim=1) ** 3 < 0.5).double().mean(), 0.5),
+              "within one deviation": ((near.abs() < 2e-3).double().mean(), 0.6827)}  # fmt: skip
+    for what, (share, expected) in shares.items():
+        assert share.item() == pytest.approx(expected, abs=0.03), what
+    for start in (cube, ball, near):
+        assert (start > 0).double().mean(0).tolist() == pytest.approx([0.5] * 3, abs=0.04)
+
+
 ATTACK = partial(robust_loss, epsilon=0.05, step_size=0.03, n_steps=2)
 
 
@@ -185,6 +234,78 @@ def test_the_driver_meets_the_budget_and_zeros_stay(granularity):
     again = harp_prune(net, lambda: [batch], 0.2, loss=ATTACK, prune_epochs=30, finetune_epochs=10, gamma=0.5,
                        granularity=granularity, generator=seeded())  # fmt: skip
     assert again.history == history
+
+
+def scripted(losses):
+    """A loss whose values are these, one a call, and whose gradient is 0."""
+    values = iter(losses)
+    return lambda net, x, y: 0 * net(x).sum() + next(values)
+
+
+@pytest.mark.parametrize(("start", "best"), [(0.3, 3), (0.9, None)])
+def test_the_best_epoch_is_kept_of_those_within_the_budget_from_first_step_to_last(start, best):
+    losses = [3.0, 1.0, 2.0, 0.5, 4.0, 6.0] if best else [float(epoch) for epoch in range(6)]
+    result = harp_prune(network(), lambda: [sample()], 0.5, start=start, loss=scripted(losses), prune_epochs=6,
+                        finetune_epochs=0, gamma=1.5, lr=2.0, momentum=0.0, weight_decay=0.0)  # fmt: skip
+    over = result.history["compression loss"]
+    if best is None:  # the first epoch that ends within the budget has the least loss, of a larger network
+        best = next(epoch for epoch in range(6) if over[epoch] == 0) + 1
+        assert 1 < best < 5
+    assert result.history["robust loss"] == losses
+    assert int(result.model[1].num_batches_tracked) == best + 1
+
+
+def by_hand(groups, epochs, lr, momentum, value):
+    """SGD with momentum on a cosine, of groups of parameters and decay; yields each epoch's value."""
+    speed = {p: torch.zeros_like(p) for group, _ in groups for p in group}
+    for epoch in range(epochs):
+        now = value(epoch)
+        slopes = torch.autograd.grad(now, list(speed), allow_unused=True)
+        yield now.item()
+        with torch.no_grad():
+            for p, slope in zip(speed, slopes, strict=True):
+                decay = next(decay for group, decay in groups if any(p is q for q in group))
+                speed[p] = momentum * speed[p] + (0 if slope is None else slope) + decay * p
+                p -= lr * (1 + math.cos(math.pi * epoch / epochs)) / 2 * speed[p]
+
+
+def test_the_driver_is_sgd_on_a_cosine_and_decay_leaves_rates_alone():
+    net, (x, y) = network(8, 9).double(), sample(20, 8, dtype=torch.float64)
+    options = {"loss": lambda net, x, y: F.cross_entropy(net(x), y), "prune_epochs": 5, "gamma": 0.4, "lr": 0.3,
+               "finetune_lr": 0.2, "momentum": 0.6, "weight_decay": 0.1, "start": 0.7}  # fmt: skip
+    batches, rate = partial(list, [(x, y)]), 0.4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whether the budget was met is not the matter
+        pruned = harp_prune(net, batches, rate, finetune_epochs=0, **options)
+        result = harp_prune(net, batches, rate, finetune_epochs=4, **options)
+    harp = HARP(net, rate, start=0.7).train()
+    scores, rates = list(harp.scores().values()), list(harp.rate_logits().values())
+    kept, losses = [], []
+
+    def objective(epoch):
+        kept.append(harp.keep_rate().item())
+        losses.append(F.cross_entropy(harp(x), y))
+        return losses[-1] + 0.4 * (epoch + 1) * harp.compression_loss()
+
+    groups = [(scores, 0.1), (rates, 0.0), ([harp.model[1].weight, harp.model[1].bias], 0.1)]
+    list(by_hand(groups, 5, 0.3, 0.6, objective))
+    kept.append(harp.keep_rate().item())
+    assert pruned.history["robust loss"] == pytest.approx([loss.item() for loss in losses], rel=1e-9)
+    assert pruned.history["keep rate"] == pytest.approx(kept[1:], rel=1e-9)
+    own = pruned.model.train()
+    masks = {own[int(name)].weight: mask for name, mask in result.masks.items()}
+
+    def loss(_):
+        for weight, mask in masks.items():
+            weight.data *= mask
+        return F.cross_entropy(own(x), y)
+
+    values = list(by_hand([(list(own.parameters()), 0.1)], 4, 0.2, 0.6, loss))
+    for weight, mask in masks.items():
+        weight.data *= mask
+    assert result.history["finetune loss"] == pytest.approx(values, rel=1e-9)
+    for ours, theirs in zip(result.model.state_dict().values(), own.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_a_budget_that_was_not_met_is_met_by_one_shift_of_all_logits():

@@ -160,7 +160,23 @@ def test_levels_start_at_the_masked_snapshot_bit_for_bit_and_zeros_stay(rewind_s
         last = [state for number, _, state in train.after if number == k][-1]
         assert all(torch.equal(level.state[name], last[name]) for name in last)
         assert not torch.equal(level.state["0.bias"], level.start["0.bias"]), "biases learn"
+        for name, kept in level.mask.items():
+            for state in (train.starts[k][1], level.start, level.state):
+                assert not state[name][~kept].signbit().any(), "0.0, and not -0.0"
     assert all(torch.equal(net.state_dict()[name], initial[name]) for name in initial)
+
+
+def test_what_moves_after_the_last_step_is_set_back():
+    def train(model, start_step, after_step):
+        after_step(start_step + 1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(1.0)
+
+    level = iterative_pruning(mlp(), train, rounds=1, fraction=0.5)[1]
+    for name, kept in level.mask.items():
+        assert torch.equal(level.state[name] != 0, kept)
+        assert not level.state[name][~kept].signbit().any()
 
 
 def test_no_round_gives_the_dense_level():
@@ -276,6 +292,7 @@ def test_ends_are_met_exactly_and_counters_are_those_of_the_nearer_end():
 def test_recalibration_takes_averages_over_its_calls():
     net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.BatchNorm1d(4))
     x, _ = data()
+    net(x + 5)  # statistics of before, which count no more
     seen = []
 
     def error(model):
@@ -308,6 +325,9 @@ def test_a_perturbation_has_the_norm_asked_for_and_moves_what_the_mask_names():
         0.3 * norm(state[n] for n in names), rel=1e-5
     )
     assert all(torch.equal(moved[n], state[n]) for n in state if n not in names)
+    ways = torch.cat([(moved[n] - state[n]).flatten() for n in names])
+    assert abs(int((ways > 0).sum()) - 75) < 4 * 150**0.5 / 2, "of 150 entries, either way"
+    assert 0.55 < float((ways.abs() < ways.square().mean().sqrt()).float().mean()) < 0.8, "0.68 of a Gaussian"
     mask = magnitude_mask(mlp(), 0.7)
     moved = perturb_state(state, 0.3, mask=mask)
     length = norm(moved[n] - state[n] for n in names)

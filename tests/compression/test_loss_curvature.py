@@ -47,6 +47,29 @@ def test_lanczos_of_as_many_steps_as_weights_is_exact_and_its_trace_is_within_sa
     assert float(many.weights.sum()) == pytest.approx(7)
 
 
+def test_each_eigenvalue_weighs_what_the_probes_have_of_it():
+    net, batches, x = regression()
+    _, vectors = torch.linalg.eigh(2 * x.T @ x / len(x))
+    found = hessian_spectrum(net, batches, loss=F.mse_loss, n_iter=7, n_probes=3, generator=draw(1))
+    generator, share = draw(1), 0
+    for _ in range(3):
+        probe = torch.randn(7, generator=generator).double()
+        share = share + (vectors.T @ probe / probe.norm()) ** 2
+    torch.testing.assert_close(found.weights.view(7, 3).sum(1), 7 / 3 * share)
+
+
+def test_no_eigenvalue_comes_twice_after_many_steps():
+    """As they do where vectors are orthogonal to the last two only."""
+    scale = 1.5 ** -torch.arange(60, dtype=torch.float64)
+    net = nn.Linear(60, 1, bias=False).double()
+    x = torch.diag(scale)
+    found = hessian_spectrum(
+        net, [(x, torch.zeros(60, 1).double())], loss=F.mse_loss, n_iter=50, n_probes=1, generator=draw()
+    )
+    expected = (2 * scale**2 / 60)[:15].flip(0)
+    torch.testing.assert_close(found.eigenvalues[-15:], expected, rtol=1e-6, atol=0)
+
+
 def test_lanczos_stops_where_the_krylov_space_ends():
     net = nn.Linear(30, 1, bias=False)
     x = torch.zeros(5, 30)
@@ -163,6 +186,23 @@ def test_the_share_equals_a_scan_over_all_numbers(seed):
     assert prunable_fraction(weights, few, 0.01) == scan(
         weights.numpy(), spectrum[:9].numpy(), counts.numpy(), 0.01
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("epsilon", [1e-3, 1.0, 30.0])
+def test_the_share_of_many_weights_equals_a_scan_and_leaves_them_as_they_are(dtype, epsilon):
+    weights = torch.randn(70, 71, dtype=torch.float64, generator=draw()).to(dtype).t()
+    before = weights.clone()
+    nodes, counts = (
+        10 ** (torch.arange(40, dtype=torch.float64) / 10 - 2),
+        torch.full((40,), 4970 / 40).double(),
+    )
+    distance = weights.double().flatten().square().sort().values.cumsum(0)
+    allowed = (counts / (1 + nodes * distance[:, None] / (2 * epsilon))).sum(1)
+    expected = int((torch.arange(1, 4971) <= allowed).sum())
+    assert 100 < expected < 4900
+    assert prunable_fraction(weights, Spectrum(nodes, counts, 0.0), epsilon) == expected / 4970
+    assert torch.equal(weights, before)
 
 
 def test_where_nothing_bends_all_may_go():

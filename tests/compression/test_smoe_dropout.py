@@ -118,6 +118,18 @@ def test_the_router_is_frozen_and_kept():
     assert "k" not in layer.state_dict()
 
 
+@pytest.mark.parametrize(("d_model", "d_expert"), [(64, 9), (9, 64)])
+def test_router_and_experts_start_as_linear_layers_do(d_model, d_expert):
+    """Uniform to 1 / sqrt(inputs)."""
+    layer = SMoEDropout(d_model, d_expert, 300, 1, d_out=5, generator=seeded())
+    for name, fan_in in (("router.weight", d_model), ("router.bias", d_model), ("w1", d_model), ("b1", d_model),
+                         ("w2", d_expert), ("b2", d_expert)):  # fmt: skip
+        value = layer.get_parameter(name).detach() * fan_in**0.5
+        assert 0.97 < value.abs().max() <= 1 + 1e-6
+        assert abs(value.mean()) < 0.15
+        assert value.std() == pytest.approx(3**-0.5, rel=0.1)
+
+
 def test_unselected_experts_get_no_gradient():
     layer, x = experts(2, n_experts=6), drawn(1, 6)
     layer(x).square().sum().backward()
@@ -342,6 +354,19 @@ def test_a_converted_model_with_equal_scores_is_the_model(name):
     assert not torch.allclose(converted(x), model(x), rtol=1e-2, atol=1e-2)
 
 
+def test_dropout_and_routers_of_a_converted_model_are_those_asked_for():
+    model = nn.ModuleList([MODELS["two in one"][0](), encoder(dropout=0.25)])
+    for part, p in zip(model[1].layers, (0.3, 0.4), strict=True):
+        part.dropout.p = p  # that of the feed-forward layer, beside those of the residuals
+    converted, again = (convert_ffn(model, 4, generator=seeded()) for _ in range(2))
+    found = [module for module in converted.modules() if isinstance(module, SMoEDropout)]
+    assert [layer.dropout for layer in found] == [0.2, 0.0, 0.3, 0.4]
+    assert all(torch.equal(a, b) for a, b in zip(converted.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(
+        found[0].router.weight, convert_ffn(model, 4, generator=seeded(1))[0][0].router.weight
+    )
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @torch.no_grad()
 def test_padding_leaves_other_tokens_of_a_converted_encoder_as_they_are():
@@ -452,6 +477,7 @@ LAYER, L = SMoEDropout(6, 5, 4, 2), nn.Linear
         (lambda: SMoEDropout.from_dense(L(4, 24), L(24, 4), 4, 5), r"k must be in 1\.\.4"),
         (lambda: convert_ffn(nn.Linear(4, 4), 2), "must have a feed-forward block, got none. Looked for: nn.TransformerEncoderLayer"),
         (lambda: convert_ffn(nn.Sequential(L(4, 8), nn.Softmax(-1), L(8, 4)), 2), "got none"),
+        (lambda: convert_ffn(nn.Sequential(L(8, 8), nn.ReLU(), L(8, 4)), 2), "got none"),
         (lambda: convert_ffn("model", 2), "model must be an nn.Module, got str"),
         (lambda: convert_ffn(encoder(), 7), "n_experts must divide the 24 hidden units of layers.0, got 7: 6 and 8 do"),
         (lambda: convert_ffn(encoder(), 4, k=5), r"k must be in 1\.\.4"),

@@ -291,20 +291,25 @@ class _Upkeep:
         self.pairs: tuple[list[Tensor], list[Tensor]] | None = None
 
     @torch.no_grad()
-    def __call__(self) -> None:
+    def __call__(self, *, signs: bool = False) -> None:
+        """Multiply by the mask, which may leave -0.0; with ``signs`` make it 0.0."""
+        if not self.mask:
+            return
         if self.pairs is None or self.pairs[0][0].device != self.pairs[1][0].device:  # training moved them
             named = dict(self.net.named_parameters())
             weights: list[Tensor] = [named[name] for name in self.mask]
             self.pairs = weights, [self.mask[n].to(w) for n, w in zip(self.mask, weights, strict=True)]
         torch._foreach_mul_(*self.pairs)  # pyright: ignore[reportPrivateImportUsage]
+        if signs:
+            torch._foreach_add_(self.pairs[0], 0.0)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _train(
     net: nn.Module, train: Callable[..., object], mask: dict[str, Tensor], number: int, rewind_step: int
 ) -> Level:
     """Train a network under a mask: the dense one from the beginning, others from the rewind step."""
-    upkeep = _Upkeep(net, mask) if number else lambda: None
-    upkeep()
+    upkeep = _Upkeep(net, mask if number else {})
+    upkeep(signs=True)
     first = done = rewind_step if number else 0
     start = snapshot(net) if done == rewind_step else None
     where = f"at level {number}"
@@ -328,7 +333,7 @@ def _train(
             f"rewind_step must be reached by train, got {rewind_step}: it ended after step {done}, "
             "and no snapshot was taken"
         )
-    upkeep()
+    upkeep(signs=True)
     state = snapshot(net)
     require_finite(f"train must leave finite weights {where}", state)
     left = sum(int(kept.sum()) for kept in mask.values())

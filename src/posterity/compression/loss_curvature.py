@@ -211,22 +211,21 @@ def prunable_fraction(weights: Tensor, spectrum: Spectrum | Tensor, epsilon: flo
     total = eigenvalues.numel() if counts is None else float(counts.sum())
     if not abs(total - D) <= 1e-3 * D:
         raise ValueError(f"spectrum must be of the {D} weights, got one of {total:g}")
-    size = np.sort(weights.detach().abs().flatten().cpu().double().numpy())
+    rest = wide(weights.detach()).abs().flatten().cpu().numpy()
     bend = eigenvalues.detach().double().flatten().cpu()
     share = torch.ones_like(bend) if counts is None else counts.detach().double().flatten().cpu()
     bend, share = bend[bend > 0] / epsilon / 2, share[bend > 0]
-    low, high, square = (
-        0,
-        D,
-        0.0,
-    )  # n = 0 is always allowed; what is lost of D is summed, exact where nothing is
-    while low < high:
-        n = (low + high + 1) // 2
-        more = square + float(size[low:n] @ size[low:n])  # R(n)^2, from that of low
-        if n <= D - float((share / (1 + 1 / (bend * more))).sum()):
-            low, square = n, more
+    low, square = 0, 0.0  # n = 0 is always allowed; square is R(low)^2, rest what may be cut beside these low
+    while len(rest):
+        half = (len(rest) + 1) // 2
+        rest.partition(half - 1)  # half the numbers at each turn: less than to sort them
+        small = rest[:half].astype(float)
+        more = square + float(small @ small)
+        # what is lost of D is summed, exact where nothing is
+        if low + half <= D - float((share / (1 + 1 / (bend * more))).sum()):
+            low, square, rest = low + half, more, rest[half:]
         else:
-            high = n - 1
+            rest = rest[: half - 1]
     return low / D
 
 

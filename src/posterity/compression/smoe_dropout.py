@@ -244,23 +244,23 @@ class SMoEDropout(nn.Module):
     def _some(
         self, x: Float[Tensor, "n d_model"], chosen: Int[Tensor, "n k"], scores: Float[Tensor, "n k"]
     ) -> Float[Tensor, "n d_out"]:
-        """Sort the pairs of token and expert by expert: one gather, two products an expert, one gather back."""
-        k = chosen.shape[1]
+        """Sort the pairs of token and expert by expert: one gather, and for each expert two products and a sum."""
         expert = chosen.reshape(-1)
         order = expert.argsort(stable=True)
         # not bincount, whose length torch.export does not know
         loads = (expert[:, None] == torch.arange(self.n_experts, device=x.device)).sum(0).tolist()
-        parts = x.index_select(0, order.div(k, rounding_mode="floor")).split(loads)
+        token = order.div(chosen.shape[1], rounding_mode="floor")
+        shares = scores.reshape(-1, 1).index_select(0, order)
         none = [None] * self.n_experts
         b1, b2 = ((none if b is None else b.unbind()) for b in (self.b1, self.b2))
-        done = [
-            F.linear(self._hidden(F.linear(part, w1.t(), c1)), w2.t(), c2)
-            for part, w1, c1, w2, c2 in zip(parts, self.w1.unbind(), b1, self.w2.unbind(), b2, strict=True)
-        ]
-        back = (
-            torch.cat(done).index_select(0, order.argsort()).reshape(x.shape[0], k, self.d_out)
-        )  # len() would fix the batch for torch.export
-        return (scores[:, :, None] * wide(back)).sum(1)
+        out = scores.new_zeros(x.shape[0], self.d_out)  # len() would fix the batch for torch.export
+        for part, place, share, w1, c1, w2, c2 in zip(
+            x.index_select(0, token).split(loads), token.split(loads), shares.split(loads),
+            self.w1.unbind(), b1, self.w2.unbind(), b2, strict=True,
+        ):  # fmt: skip
+            done = F.linear(self._hidden(F.linear(part, w1.t(), c1)), w2.t(), c2)
+            out.index_add_(0, place, share * wide(done))  # a token is once in a part: no race on a GPU
+        return out
 
     def _all(self, x: Float[Tensor, "n d_model"], scores: Float[Tensor, "n e"]) -> Float[Tensor, "n d_out"]:
         """Compute the dense layer, with hidden units multiplied by the scores of their experts."""
