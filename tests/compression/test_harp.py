@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from posterity.compression import HARP, robust_loss
+from posterity.compression import HARP, pack_sparse, robust_loss
 from posterity.testing import check_instrument, check_layer
 
 
@@ -254,6 +254,15 @@ def test_shared_weights_have_one_mask(granularity):
         assert small.again is small.twice
         assert small.other.layer.weight is small.twice.layer.weight
         assert harp.positions.tolist() == [15], "three times five rows"
+
+
+def test_a_tied_weight_is_written_once_and_clustered_places_are_packed():
+    one, two = nn.Linear(100, 100, bias=False), nn.Linear(100, 100, bias=False)
+    one.weight.data[50:] = 0
+    two.weight = one.weight
+    alone, both = pack_sparse(one), pack_sparse(nn.Sequential(one, two))
+    assert len(both) < len(alone) + 200
+    assert len(alone) < 4 * 5000 + 500  # a bitmap alone has 1,250
 
 
 def untraceable(*_, **__):
