@@ -236,7 +236,7 @@ def test_score_does_not_see_a_rescaling_that_changes_nothing():
     assert one == pytest.approx(two, rel=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_allocation_equals_enumeration(seed: int):
     rng = np.random.default_rng(seed)
     s = made(np.exp(rng.normal(0, 3, 5)).tolist(), seed)
@@ -246,13 +246,13 @@ def test_allocation_equals_enumeration(seed: int):
     cost = np.array([sum(s.n_weights[n] * b for n, b in bits.items()) for bits in every])
     scores = np.array([fit_score(s, bits) for bits in every])
     for budget in (2, *rng.uniform(2, 8, 12), 8):
-        found = allocate_bits(s, weight_budget=float(budget), activation_budget=3.3, choices=choices)
+        found = allocate_bits(s, weight_budget=float(budget), choices=choices)
         used = sum(s.n_weights[n] * b for n, b in found.weight_bits.items())
         assert used <= budget * total * (1 + 1e-12)
         assert fit_score(s, found.weight_bits) == pytest.approx(
             scores[cost <= budget * total].min(), rel=1e-9
         )
-        assert found.score == pytest.approx(fit_score(s, found.weight_bits, found.activation_bits))
+        assert found.score == pytest.approx(fit_score(s, found.weight_bits))
         assert found.weight_bytes == sum(
             math.ceil(s.n_weights[n] * b / 8) for n, b in found.weight_bits.items()
         )

@@ -427,3 +427,34 @@ def test_a_short_training_shrinks_the_file():
             optimizer.zero_grad()
     assert lat.sizes()["latents"] < 0.6 * before
     assert (lat(x).argmax(1) == y).float().mean() > 0.9
+
+
+def test_the_start_is_as_small_as_the_paper_says():
+    prior = FactorizedPrior(4000, generator=torch.Generator().manual_seed(0))
+    for p in prior.parameters():
+        assert float(p.detach().std()) == pytest.approx(0.01, rel=0.05)
+    net = nn.Sequential(nn.Conv2d(30, 60, 3), nn.Conv2d(60, 15, 3), nn.Linear(80, 200))
+    lat = LatentNet(net, boundary=4, generator=torch.Generator().manual_seed(0))
+    ends = {name: float(latent.detach().round().abs().max()) for name, latent in lat.latents().items()}
+    assert ends["0"] == ends["2"] == 4  # B + 1/2 of the layer of 60 outputs; for 15, four times the variance
+    assert ends["1"] == round(math.sqrt(4 * (9**2 - 1) + 1) / 2)
+    assert float(lat.decoder("2")) == pytest.approx(math.sqrt(24 / 200 / (9**2 - 1)))
+
+
+def test_the_noise_of_training_is_uniform_between_halves(monkeypatch):
+    lat = LatentNet(nn.Linear(100, 100))
+    seen = []
+    monkeypatch.setattr(FactorizedPrior, "bits", lambda self, q: seen.append(q.detach()) or q)
+    lat.rate_loss(generator=torch.Generator().manual_seed(0))
+    noise = seen[0].flatten() - lat.latents()[""].detach().flatten()
+    assert noise.abs().max() <= 0.5 + 1e-5
+    assert noise.mean().abs() < 0.02
+    assert noise.std() == pytest.approx(math.sqrt(1 / 12), rel=0.03)
+
+
+def test_a_network_of_zeros_is_where_it_starts():
+    net = nn.Linear(3, 2)
+    nn.init.zeros_(net.weight)
+    lat = LatentNet(net, start="weights")
+    assert (lat.latents()[""] == 0).all()
+    assert torch.equal(lat.to_plain().weight, net.weight)

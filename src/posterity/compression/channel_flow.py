@@ -123,8 +123,7 @@ class Picture:
     homes: list[Block]  # for each coupling a weight that has all its channels
     labels: np.ndarray
     blocks: list[Block]
-    bound: np.ndarray | None  # for each component
-    norms: np.ndarray  # sum of absolute weights of the filters of each component
+    worth: np.ndarray  # of each component: the bound where it was asked for, else the sum of absolute weights
 
     def plan(self, gone: np.ndarray) -> dict[str, dict[str, list[int]]]:
         """Return what each layer keeps when components go."""
@@ -160,6 +159,8 @@ def look(model: nn.Module, example_inputs: Inputs, *, bounding: bool = False, qu
             raise ValueError(str(refusal)) from None
         except WRONG as error:
             raise does_not_run(error) from error
+    for hook in walk.hooks:
+        hook.remove()
     for tensor in tensors_in(result):
         for ids in walk.flow(tensor).ids:
             walk.fix(ids, None)
@@ -203,11 +204,14 @@ class Walk(TorchFunctionMode):
         self.parts: list[tuple[np.ndarray, int, Tensor, Tensor]] = []
         self.spent: set[int] = set()
         self.path: list[str] = []
+        self.hooks: list[Any] = []
         self._own_weights(model)
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
-                module.register_forward_pre_hook(lambda m, a, name=name: self.path.append(name), prepend=True)
-                module.register_forward_hook(lambda m, a, o: (self.path.pop(), None)[1], always_call=True)
+                self.hooks += [
+                    module.register_forward_pre_hook(lambda m, a, name=name: self.path.append(name), prepend=True),
+                    module.register_forward_hook(lambda m, a, o: (self.path.pop(), None)[1], always_call=True),
+                ]  # fmt: skip
         weights = [t for t in model.parameters() if t.is_floating_point()]
         self.device = weights[0].device if weights else torch.device("cpu")
         self.real_dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -215,9 +219,10 @@ class Walk(TorchFunctionMode):
     def _own_weights(self, model: nn.Module) -> None:
         owners: Any = WeakIdKeyDictionary()
         for name, module in model.named_modules():
+            form = layout(module)
             for tensor, value in (*module._parameters.items(), *module._buffers.items()):
                 if value is not None:
-                    owners.setdefault(value, []).append((name, tensor, layout(module), module))
+                    owners.setdefault(value, []).append((name, tensor, form, module))
         for value, held in owners.items():
             forms = [form.tensors.get(tensor) if form else None for _, tensor, form, _ in held]
             if not all(forms) or value.ndim == 0:
@@ -367,37 +372,40 @@ class Walk(TorchFunctionMode):
         for ids in self.stuck:
             stuck[labels[ids]] = True
         feeds, reads = np.zeros(count, bool), np.zeros(count, bool)
-        norms, touched = np.zeros(count), []
-        for k, block in enumerate(self.blocks):
+        for block in self.blocks:
             here = labels[block.start : block.start + block.size]
-            touched.append(np.stack([here, np.full(len(here), k)], 1))
             for _, side in block.owners:
                 (feeds if side == "out" else reads)[here] |= block.mixes
+        found = self._couplings(labels, ~stuck & feeds & reads)
+        if not quiet:
+            self._tell(labels)
+        worth = self._bound(labels, count) if self.bounding else self._norms(labels, count)
+        return Picture(model, *found, labels, self.blocks, worth)
+
+    def _norms(self, labels: np.ndarray, count: int) -> np.ndarray:
+        """Return the sum of absolute weights of the filters of each component."""
+        norms = np.zeros(count)
+        mixing = {block.start for block in self.blocks if block.mixes}
         for value, sides in self.sides.items():
             ids = sides.get("out")
-            mixes = ids is not None and value.ndim > 1 and feeds[labels[ids]].any()
-            if mixes and self._feeding(ids):
+            if ids is not None and value.ndim > 1 and ids[0] in mixing:
                 axis = next(a for a, each in enumerate(self.flows[value].ids) if each is ids)
                 weight = value.detach().abs().double().sum([a for a in range(value.ndim) if a != axis])
                 norms += np.bincount(labels[ids], weight.cpu().numpy(), minlength=count)
-        found = self._couplings(np.concatenate(touched or [np.zeros((0, 2), int)]), labels,
-                                             ~stuck & feeds & reads)  # fmt: skip
-        if not quiet:
-            self._tell(labels)
-        return Picture(model, *found, labels, self.blocks, self._bound(labels, count), norms)
-
-    def _feeding(self, ids: np.ndarray) -> bool:
-        return any(b.mixes and b.start == ids[0] for b in self.blocks)
+        return norms
 
     def _couplings(
-        self, touched: np.ndarray, labels: np.ndarray, free: np.ndarray
+        self, labels: np.ndarray, free: np.ndarray
     ) -> tuple[list[Coupling], list[np.ndarray], list[Block]]:
         """Group free components by the weights that they pass through."""
-        touched = np.unique(touched[free[touched[:, 0]]], axis=0)
         groups: dict[tuple[int, ...], list[int]] = {}
-        ends = np.flatnonzero(np.diff(touched[:, 0])) + 1
-        for rows in np.split(touched, ends) if len(touched) else []:
-            groups.setdefault(tuple(rows[:, 1].tolist()), []).append(int(rows[0, 0]))
+        through: dict[int, list[int]] = {}  # component -> its blocks
+        for k, block in enumerate(self.blocks):
+            here = labels[block.start : block.start + block.size]
+            for component in set(here[free[here]].tolist()):
+                through.setdefault(component, []).append(k)
+        for component in sorted(through):
+            groups.setdefault(tuple(through[component]), []).append(component)
         found = []
         for blocks, here in groups.items():
             names: dict[str, dict[str, None]] = {"out": {}, "in": {}, "between": {}}
@@ -407,17 +415,15 @@ class Walk(TorchFunctionMode):
             feed = next(b for k in blocks for b in [self.blocks[k]]
                         if b.mixes and any(side == "out" for _, side in b.owners))  # fmt: skip
             order = labels[feed.start : feed.start + feed.size]
-            order = order[np.isin(order, here)]
-            order = order[np.sort(np.unique(order, return_index=True)[1])]
+            inside = set(here)
+            order = np.array([c for c in dict.fromkeys(order.tolist()) if c in inside])
             each = (tuple(n for n in names[side]) for side in ("out", "in", "between"))
             found.append((feed.start, int(order[0]), Coupling(*each, len(order)), order, feed))
         found.sort(key=lambda f: f[:2])
         return [f[2] for f in found], [f[3] for f in found], [f[4] for f in found]
 
-    def _bound(self, labels: np.ndarray, count: int) -> np.ndarray | None:
+    def _bound(self, labels: np.ndarray, count: int) -> np.ndarray:
         """Return the score of each component: what readers ask times what feeds can reach."""
-        if not self.bounding:
-            return None
         scores = np.zeros(count)
         if self.total is not None and self.total.requires_grad:
             leaves = [part[2] for part in self.parts]

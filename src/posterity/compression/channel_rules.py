@@ -93,7 +93,7 @@ for _use in OTHER_USES:
 # Largest slope of functions of one number.
 ONE = (
     "relu", "relu6", "hardtanh", "celu", "tanh", "softplus", "softsign", "tanhshrink", "softshrink",
-    "logsigmoid", "clamp", "clip", "clamp_min", "clamp_max", "abs", "neg", "sin", "cos", "dropout",
+    "log_sigmoid", "clamp", "clip", "clamp_min", "clamp_max", "abs", "neg", "sin", "cos", "dropout",
     "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout",
     "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "type_as",
     "cpu", "cuda", "alias", "requires_grad", "data", "leaky_relu", "elu",
@@ -114,7 +114,9 @@ def _elementwise(walk: Any, call: Call) -> Flow | None:
     if call.name in ("leaky_relu", "elu"):
         steep = call.bind("input", "negative_slope" if call.name == "leaky_relu" else "alpha")
         slope = max(1.0, *(abs(float(v)) for k, v in steep.items() if k != "input" and v is not None), 0.0)
-    return Flow(list(flow.ids), None if flow.bound is None or slope == 0 else slope * flow.bound)
+    if flow.bound is None or slope == 0:
+        return Flow(list(flow.ids))
+    return Flow(list(flow.ids), flow.bound if slope == 1 else slope * flow.bound)
 
 
 def _meet(walk: Any, tensors: Sequence[Tensor], ndim: int, skip: int | None = None) -> list[Ids]:
@@ -167,8 +169,7 @@ def _arithmetic(walk: Any, call: Call) -> Flow | None:
     ids = _meet(walk, tensors, call.out.ndim)
     bounds = [walk.flow(t).bound for t in tensors]
     bounds = [b.expand(call.out.shape) for b in bounds if b is not None]  # a gate counts as at most 1
-    bound = factor * torch.stack(bounds).sum(0) if bounds else None
-    return Flow(ids, bound)
+    return Flow(ids, factor * sum(bounds[1:], bounds[0]) if bounds else None)
 
 
 def _conv(walk: Any, call: Call) -> Flow | None:

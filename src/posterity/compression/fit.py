@@ -99,7 +99,8 @@ def sensitivity(
         Names of Linear and Conv layers; by default all. A weight that several share counts once.
     estimator : {"per-sample", "batch"}, default="per-sample"
         "per-sample" is the trace. "batch", for weights only, is the authors' cheaper figure, n times the squared
-        gradient of the mean loss: what it adds to the trace vanishes only where the mean gradient does.
+        gradient of the mean loss, its mean over batches: what it adds to the trace vanishes only where the mean
+        gradient does.
     max_batches : int, optional
         Stop after so many.
     min_batches : int, default=2
@@ -155,6 +156,7 @@ def sensitivity(
     weights, activations, spans = _Mean(), _Mean(), _Mean()
     sizes: dict[str, int] = {}
     n_samples = 0
+    each = estimator == "per-sample"
     with evaluating(model), torch.enable_grad():
         for x, y in islice(batches, max_batches):
             x, y = (part.clone() if part.is_inference() else part for part in (x, y))
@@ -164,10 +166,11 @@ def sensitivity(
             with ExitStack() as stack:
                 calls = stack.enter_context(Calls(model, modules))
                 value = _scalar(loss(calls.forward(x), y))
-                calls.backward(value * n)
+                calls.backward(value * n, weights=not each)
             # of the sum of losses: the gradients of single samples, side by side
-            of_weights = squared_norms(calls, x, y, loss, each=estimator == "per-sample")
-            weights.add({name: total / n for name, total in of_weights.items()}, n)
+            of_weights = squared_norms(calls, x, y, loss, each=each)
+            # the authors' figure grows with n: their mean is over batches, not samples
+            weights.add({name: total / n for name, total in of_weights.items()}, n if each else 1)
             activations.add({name: total / n for name, total in calls.input_norms().items()}, n)
             spans.add(calls.input_ranges(), 1)
             sizes |= {name: size // n for name, size in calls.input_sizes().items()}

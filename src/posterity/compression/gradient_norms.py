@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import grad, vmap
 
 from posterity._models import call, not_batched, state
@@ -37,7 +38,7 @@ class Calls:
         self.layers = {own_name: layer for layer, own_name in self.params.items()}
         self.inputs: dict[str, list[Tensor]] = {layer: [] for layer in modules}
         self.depends: dict[str, bool] = dict.fromkeys(modules, False)
-        self.outputs: dict[str, list[Tensor]] = {layer: [] for layer in modules}  # their gradients
+        self.outputs: dict[str, list[tuple[GradientEdge | None, Tensor]]] = {layer: [] for layer in modules}
         self.modules = dict(modules)
         self.elsewhere: set[str] = set()  # layers whose weight is also used in another way
         self.watched: list[tuple[nn.Module, str]] = []
@@ -52,7 +53,7 @@ class Calls:
     def __enter__(self) -> "Calls":
         self.handles = []
         for module, layer in self.watched:
-            self.handles.append(module.register_forward_pre_hook(self._entering(layer)))
+            self.handles.append(module.register_forward_pre_hook(self._entering(layer), with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leaving(layer)))
         return self
 
@@ -61,8 +62,8 @@ class Calls:
             handle.remove()
 
     def _entering(self, layer: str) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0]
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            x, *rest = args or (kwargs.pop("input"),)
             if not x.is_floating_point():
                 raise ValueError(
                     f"batches must be floating-point where a layer takes them, got {x.dtype} at {layer!r}"
@@ -71,18 +72,17 @@ class Calls:
             # a tensor of this layer's own: its gradient is what comes back through the layer, and no more
             x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             self.inputs[layer].append(x)
-            return (x, *args[1:])
+            return (x, *rest), kwargs
 
         return hook
 
     def _leaving(self, layer: str) -> Callable[..., Any]:
         def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            if output._is_view():  # a change in place of a view takes its hooks away
+            if output._is_view():  # a change in place of a view takes its place in the graph away
                 output = output.clone()
-            grads, place = self.outputs[layer], len(self.outputs[layer])
-            grads.append(output)
             # of the output as it is now, also if a ReLU in place follows
-            output.register_hook(lambda g: grads.__setitem__(place, g))
+            edge = get_gradient_edge(output) if output.requires_grad else None
+            self.outputs[layer].append((edge, output.detach()))
             return output
 
         return hook
@@ -90,30 +90,38 @@ class Calls:
     def forward(self, x: Tensor) -> Any:
         return call(self.model, self.tensors, x)
 
-    def backward(self, total: Tensor) -> None:
-        """Compute the gradients of inputs and outputs, and no gradient of a weight."""
+    def backward(self, total: Tensor, *, weights: bool) -> None:
+        """Compute the gradients of inputs, and of weights or else of outputs."""
         if not total.requires_grad:
             raise ValueError("loss must depend on the model's parameters, got one that does not")
-        places = [(layer, x) for layer, calls in self.inputs.items() for x in calls]
-        found = torch.autograd.grad(total, [x for _, x in places], allow_unused=True) if places else ()
-        self.input_grads: dict[str, list[Tensor]] = {layer: [] for layer in self.inputs}
-        for (layer, x), g in zip(places, found, strict=True):
-            self.input_grads[layer].append(torch.zeros_like(x) if g is None else g)
-        for layer, grads in self.outputs.items():  # of what the loss does not use, none came
-            self.outputs[layer] = [torch.zeros_like(g) if g.requires_grad else g for g in grads]
+        # of inputs only where they count: the gradient by the data itself is not computed
+        places = [
+            *(("input", site, x, x) for site in self._sites() for x in self.inputs[site]),
+            *((("weight", layer, self.tensors[name], self.tensors[name]) for layer, name in self.params.items())
+              if weights else (("output", layer, *at) for layer, calls in self.outputs.items() for at in calls)),
+        ]  # fmt: skip
+        wanted = [at for _, _, at, _ in places if at is not None]
+        found = iter(torch.autograd.grad(total, wanted, allow_unused=True) if wanted else ())
+        self.grads: dict[str, dict[str, list[Tensor]]] = {
+            side: {layer: [] for layer in self.inputs} for side in ("input", "output", "weight")
+        }
+        for side, layer, at, value in places:
+            g = None if at is None else next(found)
+            self.grads[side][layer].append(torch.zeros_like(value) if g is None else g)
 
     def _sites(self) -> list[str]:
         return [layer for layer, depends in self.depends.items() if depends]
 
     def input_norms(self) -> dict[str, float]:
         """Return the squared gradients by what enters each layer, summed over samples."""
-        return {site: sum(_squares(g) for g in self.input_grads[site]) for site in self._sites()}
+        return {site: sum(_squares(g) for g in self.grads["input"][site]) for site in self._sites()}
 
     def input_ranges(self) -> dict[str, float]:
         """Return largest less smallest value of what enters each layer."""
-        ends = {site: [x.detach().double().aminmax() for x in self.inputs[site]] for site in self._sites()}
+        ends = {site: [wide(x.detach()).aminmax() for x in self.inputs[site]] for site in self._sites()}
         return {
-            site: float(max(e.max for e in all_) - min(e.min for e in all_)) for site, all_ in ends.items()
+            site: max(float(e.max) for e in all_) - min(float(e.min) for e in all_)
+            for site, all_ in ends.items()
         }
 
     def input_sizes(self) -> dict[str, int]:
@@ -127,13 +135,10 @@ def squared_norms(
     """Return, for each layer, the squared norm of its weight's gradient: summed over samples, or n times the mean's."""
     n = len(x)
     if not each:
-        weights = [calls.tensors[name] for name in calls.params.values()]
-        value = loss(calls.forward(x), y)
-        grads = torch.autograd.grad(value, weights, allow_unused=True)
-        return {layer: 0.0 if g is None else n**2 * _squares(g) for layer, g in zip(calls.params, grads, strict=True)}  # fmt: skip
+        return {layer: _squares(g) for layer, (g,) in calls.grads["weight"].items()}
     totals = {}
     for layer, module in calls.modules.items():
-        pairs = list(zip(calls.inputs[layer], calls.outputs[layer], strict=True))
+        pairs = list(zip(calls.inputs[layer], calls.grads["output"][layer], strict=True))
         if layer not in calls.elsewhere and pairs and all(_by_sample(module, a, n) for a, _ in pairs):
             totals[layer] = _from_calls(module, [(a.detach(), g) for a, g in pairs], n)
         else:

@@ -225,6 +225,8 @@ def _counted(column: ndarray) -> tuple[ndarray, ndarray, ndarray]:
     shifted = column - low
     every = np.bincount(shifted)
     kept = every.nonzero()[0]
+    if len(kept) == len(every):
+        return kept + low, every, shifted.astype(np.int32, copy=False)
     place = np.zeros(len(every), np.int32)
     place[kept] = np.arange(len(kept), dtype=np.int32)
     return kept + low, every[kept], place[shifted]

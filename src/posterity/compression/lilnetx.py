@@ -313,10 +313,13 @@ class LatentNet(nn.Module):
         columns: list[np.ndarray] = []
         chances: list[tuple[int, np.ndarray] | None] = []
         for group, names in self._groups.items():
-            rows = torch.cat([_as_rows(self._integers(name)) for name in names]).numpy()
-            held = np.ascontiguousarray(rows.T)
-            columns += list(held)
-            chances += masses(self.priors[group], held)  # type: ignore[arg-type]
+            parts = [_as_rows(self._integers(name)).T for name in names]
+            lengths = [part.shape[1] for part in parts]
+            held = torch.empty(len(parts[0]), sum(lengths), dtype=torch.int32)
+            for place, part in zip(held.split(lengths, 1), parts, strict=True):
+                place.copy_(part)
+            columns += list(held.numpy())
+            chances += masses(self.priors[group], held.numpy())  # type: ignore[arg-type]
         tables, stream = encoded(columns, chances)
         layers: dict[int, list[Any]] = {id(v): [list(v.shape)] for v in self.latents().values()}
         rest = {f"decoder {group}": decoder for group, decoder in self.decoders.items()}
@@ -328,14 +331,14 @@ class LatentNet(nn.Module):
         return {"layers": list(layers.values())}, rest, {"latents": stream, "tables": tables}
 
     def _integers(self, name: str) -> Tensor:
-        """Return the rounded latents of a layer as int32 on the CPU."""
+        """Return the rounded latents of a layer, which lie in int32, on the CPU."""
         latent = wide(self._latent(name).detach())
-        largest = float(latent.abs().max())
+        largest = max(abs(float(end)) for end in latent.aminmax())
         if not math.isfinite(largest):
             raise ValueError(f"latents of {name!r} must be finite, got NaN or infinity")
         if largest >= 2**31 - 1:
             raise ValueError(f"latents of {name!r} must lie in int32, got {largest:g}")
-        return latent.round().int().cpu()
+        return latent.round().cpu()
 
 
 def _not_wrapped(net: Any) -> None:

@@ -18,7 +18,7 @@ from posterity._checks import integer
 from posterity._files import DTYPES, pack_tensors, restored, seal, unpack_tensors, unseal
 from posterity._models import evaluating
 from posterity._precision import wide
-from posterity.compression._layers import weighted_layers
+from posterity.compression._layers import WEIGHTED, weighted_layers
 
 __all__ = ["pack_quantized", "quantize", "unpack_quantized"]
 
@@ -94,10 +94,12 @@ def quantize(
     for name, bits in weights.items():
         for owner, attribute in owners[name]:
             parametrize.register_parametrization(modules[owner], attribute, _MinMax(bits))
-    for name, bits in activations.items():
+    sites = {owner: bits for name, bits in activations.items() for owner, _ in owners[name]
+             if isinstance(modules[owner], WEIGHTED)}  # fmt: skip
+    for name, bits in sites.items():
         _attach(modules[name], bits)
     if calibration is not None:
-        observers = [modules[name].activation_quantizer for name in activations]
+        observers = [modules[name].activation_quantizer for name in sites]
         with evaluating(model), torch.no_grad():
             for observer in observers:
                 observer.observing = True  # type: ignore[union-attr]
@@ -282,11 +284,12 @@ class _ActivationQuantizer(nn.Module):
 
 def _attach(module: nn.Module, bits: int) -> None:
     module.add_module("activation_quantizer", _ActivationQuantizer(bits))
-    module.register_forward_pre_hook(_quantize_input)
+    module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
-def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.activation_quantizer(args[0]), *args[1:])  # type: ignore[operator]
+def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    args = args or (kwargs.pop("input"),)
+    return (module.activation_quantizer(args[0]), *args[1:]), kwargs  # type: ignore[operator]
 
 
 def _quantizers(model: nn.Module) -> Iterator[tuple[str, str, "_MinMax | _ActivationQuantizer"]]:
