@@ -68,7 +68,7 @@ def upkeep() -> None:
 
     race(
         "two trainings of 150 steps, masked in iterative_pruning, against plain ones",
-        lambda: iterative_pruning(net, train, rounds=1), plain, target=0.97, rounds=5,
+        lambda: iterative_pruning(net, train, rounds=1), plain, target=0.97, rounds=31,
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def path() -> None:
     ends = net.state_dict(), {name: torch.randn_like(value) for name, value in net.state_dict().items()}
     race(
         "a path of 11 points, against 11 evaluations",
-        lambda: error_barrier(net, *ends, error), lambda: [error(net) for _ in range(11)], target=0.95,
+        lambda: error_barrier(net, *ends, error), lambda: [error(net) for _ in range(11)], target=0.95, rounds=61,
     )  # fmt: skip
 
 
