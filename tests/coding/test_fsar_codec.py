@@ -187,6 +187,19 @@ def test_pixels_have_the_logistic_distribution():
             np.testing.assert_allclose(rows[first[i] + m], want * (1 - 64 / 2**16) + 2**-16, atol=2**-16)
 
 
+def test_training_thaws_a_frozen_codec():
+    net, x = FSARCodec(1, n_levels=8, n_codes=4, dim=2, hidden=4), torch.arange(64).reshape(1, 1, 8, 8) % 8
+    net.eval().freeze()
+    net(x)
+    data = net.compress(x)
+    net.train()(x)
+    with pytest.raises(ValueError, match="must come after freeze"):
+        net.eval().compress(x)
+    with pytest.raises(ValueError, match="must come after freeze"):
+        net.decompress(data)
+    assert torch.equal(net.freeze().decompress(net.compress(x)), x)
+
+
 def test_nats_of_pixels_are_those_of_the_logistic_far_out_too():
     net, rng = FSARCodec(2, n_levels=64, n_codes=2, dim=2, hidden=4), torch.Generator().manual_seed(0)
     out = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64, generator=rng)

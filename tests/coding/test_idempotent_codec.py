@@ -99,6 +99,18 @@ def test_log_prob_samples_and_fit():
     assert torch.equal(prior.sample(5, rng(2)), prior.sample(5, rng(2)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_mixture_that_was_cast_is_sampled_and_judged_as_it_is_now(dtype):
+    low, exact = mixture().to(dtype), mixture()
+    for name, buffer in low.named_buffers():
+        setattr(exact, name, buffer.double())
+    x = low.sample(7, rng())
+    assert x.dtype == torch.float64
+    torch.testing.assert_close(x, exact.sample(7, rng()))
+    torch.testing.assert_close(low.log_prob(x), exact.log_prob(x))
+    torch.testing.assert_close(low.denoise(x, torch.tensor(0.5)), exact.denoise(x, torch.tensor(0.5)))
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
 def test_a_network_that_knows_gives_the_same_as_the_closed_form(prediction):
     prior, seen = mixture(), []

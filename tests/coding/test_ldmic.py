@@ -83,7 +83,7 @@ def test_latents_are_nearly_those_of_the_networks_in_floats_and_truly_varied(con
     found = net.latents(x)
     plain = in_floats(net)
     near = (found - plain.latents(x)).abs()
-    assert (near < 0.1).float().mean() > 0.9  # a hyper-latent near a half moves all means that it gives
+    assert (near < 0.1).float().mean() > 0.97
     assert float(found.std()) > 0.5
     a, b = net(x), plain(x)
     torch.testing.assert_close(a.bpp, b.bpp, rtol=0.05, atol=0.01)

@@ -80,6 +80,19 @@ def test_training_lowers_the_error():
     assert error[1] < 0.5 * error[0] and error[1] < 1.1 * linear
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_codec_learns_as_well(dtype):
+    x = images(300).to(dtype)
+    low, plain = (TransformCodec((1, 5, 4), 4, step=0.3).to(d).fit(x.to(d), 200, generator=rng()) for d in (dtype, torch.float32))  # fmt: skip
+    assert {value.dtype for value in low.synthesis.state_dict().values()} == {dtype}
+    error = [
+        (c.reconstruct(x.to(c.center.dtype)).double() - x.double()).square().mean().item()
+        for c in (low, plain)
+    ]
+    assert error[0] < 1.05 * error[1]
+    torch.testing.assert_close(low.decompress(low.compress(x)), low.reconstruct(x))
+
+
 def codec_of_components(codec: TransformCodec, x: Tensor) -> float:
     plain = codec.center + codec.symbols(x).float() * codec.step @ codec.components.mT
     return (plain.reshape(x.shape) - x).square().mean().item()
@@ -136,6 +149,7 @@ def test_bad_input(codec, as_a_user: None):
     x = images(3)
     for match, look in [
         ("fitted first", lambda: TransformCodec((3, 3)).compress(torch.zeros(1, 3, 3))),
+        ("shape must have at least one size", lambda: TransformCodec((), 1)),
         ("at most the 4 pixels", lambda: TransformCodec((2, 2), 5)),
         ("step", lambda: TransformCodec((2, 2), 2, step=0)),
         ("hidden", lambda: TransformCodec((2, 2), 2, hidden=0)),

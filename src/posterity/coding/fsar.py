@@ -182,6 +182,8 @@ class FSARCodec(nn.Module):
         self._check(x)
         if not x.numel():
             raise ValueError(f"x must have pixels, got shape {tuple(x.shape)}")
+        if self.training:
+            self.freqs, self._tools = self.freqs[:0], None  # what is frozen is about to be old
         padded = self._padded(x)
         if self.training and padded.shape[0] * padded[0, 0].numel() == self.downsample**2:
             raise ValueError(f"x must have more than one latent place in training, got shape {tuple(x.shape)}")  # fmt: skip
@@ -200,7 +202,7 @@ class FSARCodec(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> "FSARCodec":
-        """Fix the integer table and networks by which `compress` codes; again after further training.
+        """Fix the integer table and networks by which `compress` codes; `forward` in training mode undoes it.
 
         Returns
         -------

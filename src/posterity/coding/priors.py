@@ -251,12 +251,11 @@ class GaussianMixturePrior(nn.Module):
         uniform = torch.rand(n, 1, generator=generator, dtype=torch.float64, device=device).to(
             self.mean.device
         )
-        which = (uniform > self.log_weights.exp().cumsum(0)[:-1]).sum(1)
+        mean, bases, spreads, log_weights = self._cast(uniform)  # also where the module was cast to less
+        which = (uniform > log_weights.exp().cumsum(0)[:-1]).sum(1)
         normal = torch.randn(n, self.mean.shape[1], generator=generator, dtype=torch.float64, device=device)
-        stretched = normal.to(self.mean.device) * self.spreads[which].sqrt()
-        return (self.mean[which] + torch.einsum("ne,nde->nd", stretched, self.bases[which])).reshape(
-            n, *self.shape
-        )
+        stretched = normal.to(mean.device) * spreads[which].sqrt()
+        return (mean[which] + torch.einsum("ne,nde->nd", stretched, bases[which])).reshape(n, *self.shape)
 
     def _cast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         parts = (self.mean, self.bases, self.spreads, self.log_weights)

@@ -77,6 +77,8 @@ class TransformCodec(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = tuple(integer("shape", size, 1) for size in shape)
+        if not self.shape:
+            raise ValueError("shape must have at least one size, got none")
         d = math.prod(self.shape)
         self.n_latents = integer("n_latents", n_latents, 1)
         if n_latents > d:
@@ -130,7 +132,9 @@ class TransformCodec(nn.Module):
         symbols = self._symbols(flat.to(own))
         self._tabulate(symbols)
         self._start(generator)
-        q, flat = symbols.to(own) * self.step, flat.to(own)
+        center = wide(self.center)  # Adam's steps vanish in narrow types, or divide by 0
+        self.synthesis.to(center.dtype)
+        q, flat = symbols.to(center.dtype) * self.step, flat.to(center.dtype)
         adam = torch.optim.Adam(self.synthesis.parameters(), lr=lr)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(n_steps, 1))
         device = draw_device(generator)
@@ -140,10 +144,11 @@ class TransformCodec(nn.Module):
                     q.device
                 )
                 adam.zero_grad()
-                F.mse_loss(self.center + self.synthesis(q[rows]), flat[rows]).backward()
+                F.mse_loss(center + self.synthesis(q[rows]), flat[rows]).backward()
                 adam.step()
                 falling.step()
         adam.zero_grad()
+        self.synthesis.to(own)
         return self
 
     def symbols(self, x: Float[Tensor, " n *shape"]) -> Int[Tensor, "n latents"]:

@@ -1,10 +1,10 @@
 """Which layers of a user's model a method works on, under the names of ``named_modules()``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
-__all__ = ["WEIGHTED", "in_place_of", "weighted_layers"]
+__all__ = ["WEIGHTED", "in_place_of", "weight_places", "weighted_layers"]
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -45,6 +45,23 @@ def weighted_layers(
     if not wanted:
         raise ValueError(f"layers must name at least one layer: {known}")
     return {name: module for name, module in found.items() if name in wanted}
+
+
+def weight_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Return, for each layer that `weighted_layers` found, the parameter paths that hold its weight, its own first.
+
+    A module in several places counts under its first name.
+    """
+    owner = {id(layer.weight): name for name, layer in layers.items()}
+    places: dict[str, list[str]] = {name: [] for name in layers}
+    for path, module in model.named_modules():
+        for attribute, p in module._parameters.items():
+            if p is not None and id(p) in owner:
+                places[owner[id(p)]].append(f"{path}.{attribute}".lstrip("."))
+    return {
+        name: sorted(paths, key=lambda path: path != f"{name}.weight".lstrip("."))
+        for name, paths in places.items()
+    }
 
 
 def in_place_of(layer: nn.Module, root: nn.Module, graph: fx.Graph, name: str) -> nn.Module:

@@ -414,7 +414,7 @@ def _size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-class Multiplications(TorchDispatchMode):
+class _Multiplications(TorchDispatchMode):
     """Counts multiplications of matrix products and convolutions, as torch's FlopCounterMode, which is slower."""
 
     total = 0
@@ -447,7 +447,7 @@ def _agree(
     outs, macs = [], []
     for net in (full, small):
         # attention by its ordinary path: of the fast ones nothing is counted
-        with alone(inputs), evaluating(net), sdpa_kernel(SDPBackend.MATH), Multiplications() as counter:
+        with alone(inputs), evaluating(net), sdpa_kernel(SDPBackend.MATH), _Multiplications() as counter:
             try:
                 outs.append(tensors_in(net(*inputs)))
             except WRONG as error:

@@ -28,7 +28,7 @@ from posterity._checks import at_least, floating, has_shape, one_of
 from posterity._files import pack_tensors, restored, seal, unpack_tensors, unseal
 from posterity._precision import wide
 from posterity._random import draw_device
-from posterity.compression._layers import weighted_layers
+from posterity.compression._layers import weight_places, weighted_layers
 from posterity.compression.latent_prior import FactorizedPrior, decoded, encoded, masses, slice_norm
 from posterity.compression.zero_channels import without_zero_channels
 
@@ -119,7 +119,8 @@ class LatentNet(nn.Module):
         self._groups: dict[str, list[str]] = {}
         for name, weight in found.items():
             self._groups.setdefault(_group(weight), []).append(name)
-        self._held = {name: _holders(self.net, name) for name in found}
+        places = weight_places(net, weighted_layers(net, layers))
+        self._held = {name: places[name] for name in found}
         self.decoders, self.priors = nn.ParameterDict(), nn.ModuleDict()
         for group, names in self._groups.items():
             weights = [wide(found[name].detach()) for name in names]
@@ -392,15 +393,6 @@ def _fitting(net: nn.Module, layers: list[list[Any]]) -> dict[str, list[tuple[Te
 def _group(weight: Tensor) -> str:
     """Return what layers share a decoder: the kernel's size, and Linear apart."""
     return "x".join(str(size) for size in weight.shape[2:]) if weight.ndim > 2 else "linear"
-
-
-def _holders(net: nn.Module, name: str) -> list[str]:
-    """Return every name under which modules hold a layer's weight, the layer's own first."""
-    own = f"{name}.weight".lstrip(".")
-    weight = net.get_parameter(own)
-    names = [f"{where}.{leaf}".lstrip(".") for where, module in net.named_modules()
-             for leaf, p in module._parameters.items() if p is weight]  # fmt: skip
-    return sorted(names, key=lambda held: held != own)
 
 
 def _as_rows(weight: Tensor) -> Tensor:

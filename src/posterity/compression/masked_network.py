@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from posterity._checks import one_of, within
 from posterity._precision import wide
-from posterity.compression._layers import WEIGHTED, in_place_of, weighted_layers
+from posterity.compression._layers import WEIGHTED, in_place_of, weight_places, weighted_layers
 
 __all__ = ["HARP"]
 
@@ -112,7 +112,7 @@ class HARP(nn.Module):
         found = _prunable(model, granularity, layers)
         starts = _starts(found, model, start, self.least, (rate if not learn_rates else 0.1 if rate <= 0.1 else (1 + rate) / 2))  # fmt: skip
         self.names = list(found)
-        places = _places(model, found)
+        places = weight_places(model, found)
         self._learns = {name: p.requires_grad for name, p in model.named_parameters()}
         self.model = copy.deepcopy(model)
         self.training = model.training
@@ -370,7 +370,7 @@ def _whole(model: nn.Module) -> dict[str, str]:
     """Return why a layer keeps all channels that it reads, by name."""
     every = weighted_layers(model)
     whole = {next(iter(every)): "the first layer, which reads data"}
-    for name, places in _places(model, every).items():
+    for name, places in weight_places(model, every).items():
         for place in places:
             path = place.rpartition(".")[0]
             module, parent = (model.get_submodule(p) for p in (path, path.rpartition(".")[0]))
@@ -383,17 +383,6 @@ def _whole(model: nn.Module) -> dict[str, str]:
             ):
                 whole.setdefault(name, f"whose weight a {type(parent).__name__} reads")
     return whole
-
-
-def _places(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Return each parameter path that holds the weight of a layer, each module by its first name."""
-    owner = {id(module.weight): name for name, module in layers.items()}
-    places: dict[str, list[str]] = {name: [] for name in layers}
-    for path, module in model.named_modules():
-        for attribute, p in module._parameters.items():
-            if p is not None and id(p) in owner:
-                places[owner[id(p)]].append(f"{path}.{attribute}".lstrip("."))
-    return places
 
 
 def _starts(

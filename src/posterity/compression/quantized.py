@@ -18,7 +18,7 @@ from posterity._checks import integer
 from posterity._files import DTYPES, pack_tensors, restored, seal, unpack_tensors, unseal
 from posterity._models import evaluating
 from posterity._precision import wide
-from posterity.compression._layers import WEIGHTED, weighted_layers
+from posterity.compression._layers import WEIGHTED, weight_places, weighted_layers
 
 __all__ = ["pack_quantized", "quantize", "unpack_quantized"]
 
@@ -88,13 +88,15 @@ def quantize(
     activations = {} if activation_bits is None else _named("activation_bits", activation_bits, model)
     if calibration is not None and not activations:
         raise ValueError("calibration must come with activation_bits, got it without: weights need none")
-    owners = _owners(model)
+    places = weight_places(model, weighted_layers(model))
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
     for name, bits in weights.items():
-        for owner, attribute in owners[name]:
+        for place in places[name]:
+            owner, _, attribute = place.rpartition(".")
             parametrize.register_parametrization(modules[owner], attribute, _MinMax(bits))
-    sites = {owner: bits for name, bits in activations.items() for owner, _ in owners[name]
+    owners = {name: [place.rpartition(".")[0] for place in places[name]] for name in activations}
+    sites = {owner: activations[name] for name, own in owners.items() for owner in own
              if isinstance(modules[owner], WEIGHTED)}  # fmt: skip
     for name, bits in sites.items():
         _attach(modules[name], bits)
@@ -299,17 +301,6 @@ def _quantizers(model: nn.Module) -> Iterator[tuple[str, str, "_MinMax | _Activa
             for attribute, chain in module.parametrizations.items():  # type: ignore[union-attr,operator]
                 if isinstance(chain[0], _MinMax):
                     yield name, attribute, chain[0]
-
-
-def _owners(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
-    """Return each layer's name with all modules and attributes that hold its weight."""
-    layers = {id(module.weight): name for name, module in weighted_layers(model).items()}
-    found: dict[str, list[tuple[str, str]]] = {}
-    for owner, module in model.named_modules():
-        for attribute, p in module._parameters.items():
-            if id(p) in layers:
-                found.setdefault(layers[id(p)], []).append((owner, attribute))
-    return found
 
 
 def _named(argument: str, bits: Any, model: nn.Module) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Claims about FIT: it ranks assignments of bits by the accuracy that training would find, and picks good ones."""
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from posterity.compression import (
     unpack_quantized,
 )
 from posterity.lab import nets, training
+from posterity.lab.costs import saved_bytes
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
 
@@ -231,9 +231,7 @@ def beats_uniform(
             "uniform": tuple(dict.fromkeys(layers, int(bits)) for layers in least[:2]),
             "fit": least[:2],
         }
-        file = io.BytesIO()
-        torch.save(start.net.state_dict(), file)
-        of: dict[str, float] = {"bytes of the float network's file": len(file.getvalue())}
+        of: dict[str, float] = {"bytes of the float network's file": saved_bytes(start.net.state_dict())}
         for arm, (weights, activations) in arms.items():
             of[f"accuracy before training, {arm}"] = start.accuracy(start.tuned(weights, activations, 0, lr))
             packed = pack_quantized(start.tuned(weights, activations, tuning, lr).cpu())

@@ -1,10 +1,8 @@
 """Claims about pruning in rounds: rewound networks stay one solution, and curvature says how much may be cut."""
 
 import copy
-import io
 import itertools
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -25,6 +23,7 @@ from posterity.compression import (
     prunable_fraction,
 )
 from posterity.lab import nets
+from posterity.lab.costs import saved_bytes
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
 from posterity.lab.tasks import entry
@@ -190,8 +189,8 @@ def rounds_beat_one_cut(
     trial.record("density", levels[-1].density)
     trial.record("test error, dense", task.error(dense, test=True))
     trial.record("test error, one-shot, as many steps as all rounds", task.error(sparse["long"], test=True))
-    trial.record("bytes, dense", _packed(levels[0].state))
-    trial.record("bytes, iterative", _packed(levels[-1].state))
+    trial.record("bytes, dense", saved_bytes(levels[0].state, deflated=True))
+    trial.record("bytes, iterative", saved_bytes(levels[-1].state, deflated=True))
     return {
         "one-shot": task.error(sparse["once"], test=True),
         "iterative": task.error(task.loaded(levels[-1].state), test=True),
@@ -281,13 +280,6 @@ def _rank(a: list[float], b: list[float]) -> float:
     """Return Spearman's correlation, 0 where one of the two is constant."""
     found: Any = spearmanr(a, b)
     return float(np.nan_to_num(found.statistic)) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
-
-
-def _packed(state: Mapping[str, Tensor]) -> int:
-    """Return the bytes of a saved state, packed."""
-    file = io.BytesIO()
-    torch.save(dict(state), file)
-    return len(zlib.compress(file.getvalue(), 9))
 
 
 @entry("pruning", "IMP", paper="imp-geometry", where={"of": "weights"})

@@ -1,10 +1,9 @@
 """Claims about LilNetX: small files at the same accuracy, and weights and kernels that vanish as they cost more."""
 
 import copy
-import io
 import math
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from posterity.claims import Between, Count, Positive, Share, Trial, bound, comp
 from posterity.compression import LatentNet
 from posterity.compression.latent_prior import encoded
 from posterity.lab import nets, training
+from posterity.lab.costs import saved_bytes, seconds_in_turns
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
 
@@ -85,12 +85,6 @@ class _Task:
     def accuracy(self, net: nn.Module) -> float:
         with torch.no_grad():
             return float((net.eval()(self.x_test).argmax(1) == self.y_test).float().mean())
-
-
-def _saved(net: nn.Module) -> int:
-    file = io.BytesIO()
-    torch.save(net.state_dict(), file)
-    return len(file.getvalue())
 
 
 def _rank_correlation(x: list[float], y: list[float]) -> float:
@@ -172,12 +166,12 @@ def smaller_file(
         for name, part in lat.sizes().items():
             trial.record(f"bytes of {name}, rate {rate:g}", part)
         trial.record(f"accuracy, rate {rate:g}", value)
-    trial.record("bytes, float", _saved(dense[0]))
+    trial.record("bytes, float", saved_bytes(dense[0].state_dict()))
     least = {}
     for arm, pairs in files.items():
         fitting = [size for size, value in pairs if value >= whole - points - 1e-9]
         trial.record(f"admissible files, {arm}", len(fitting))
-        least[arm] = min(fitting, default=_saved(dense[0]))
+        least[arm] = min(fitting, default=saved_bytes(dense[0].state_dict()))
         trial.record(f"bytes, {arm}", least[arm])
     return {arm: math.log2(size) for arm, size in least.items()}
 
@@ -273,18 +267,12 @@ def faster(
     lat = task.latent(lambda_rate, lambda_slice, lr)
     arms = {"dense": task.net.eval(), "compact": lat.to_compact().eval()}
     batch = task.x_test[torch.arange(64) % len(task.x_test)]
-    seconds = np.empty((rounds + 1, 2))
     with torch.inference_mode():
-        for row in seconds:
-            for who, net in enumerate(arms.values()):
-                start = time.perf_counter()
-                net(batch)
-                row[who] = time.perf_counter() - start
-    seconds = seconds[1:]  # after one that warms up
+        seconds = seconds_in_turns([partial(net, batch) for net in arms.values()], rounds)
     for arm, value in zip(arms, np.median(seconds, 0), strict=True):
         trial.record(f"seconds of a pass, {arm}", value)
     trial.record("accuracy, compact", task.accuracy(arms["compact"]))
-    trial.record("bytes, dense", _saved(task.net))
+    trial.record("bytes, dense", saved_bytes(task.net.state_dict()))
     trial.record("bytes, lilnetx", len(lat.compress()))
     for name, share in lat.sparsity().items():
         trial.record(f"zero {name}", share)

@@ -2,8 +2,6 @@
 
 import copy
 import importlib.resources
-import io
-import time
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch.nn import functional as F
 from posterity.claims import Between, Count, Positive, Trial, bound, comparison, trend
 from posterity.compression import ExpertSchedule, SMoEDropout, convert_ffn, set_active, slim
 from posterity.lab import training
+from posterity.lab.costs import saved_bytes, seconds_in_turns
 from posterity.lab.data import Text, TextData, dataset, load_text, words_of
 
 LENGTH = 32  # characters that a prediction sees at most
@@ -310,20 +309,13 @@ def cost(
     x = torch.randn(-(-tokens // 64), 64, width, generator=generator).to(trial.device)
     quarter, ratios = max(n_experts // 4, 1), {}
     for k in shares:
-        seconds = np.empty(((rounds if k == quarter else min(rounds, 3)) + 1, 2))
-        with torch.inference_mode():
-            for row in seconds:
-                for who, net in enumerate((nets[k], dense)):
-                    start = time.perf_counter()
-                    float(net(x).sum())  # waits for the device
-                    row[who] = time.perf_counter() - start
-        seconds = seconds[1:]  # after one that warms up
+        with torch.inference_mode():  # a number is read, which waits for the device
+            passes = [lambda net=net: float(net(x).sum()) for net in (nets[k], dense)]
+            seconds = seconds_in_turns(passes, rounds if k == quarter else min(rounds, 3))
         ratios[k] = float(np.median(seconds[:, 0] / seconds[:, 1]))
         trial.track("seconds over those of the dense network", k, ratios[k])
         trial.track("seconds of a forward pass", k, float(np.median(seconds[:, 0])))
         trial.track("seconds of a forward pass, dense", k, float(np.median(seconds[:, 1])))
     for name, net in (("dense", dense), ("a quarter of the experts", nets[quarter])):
-        file = io.BytesIO()
-        torch.save(net.state_dict(), file)
-        trial.record(f"bytes of the file, {name}", len(file.getvalue()))
+        trial.record(f"bytes of the file, {name}", saved_bytes(net.state_dict()))
     return ratios[quarter]

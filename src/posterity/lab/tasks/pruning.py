@@ -9,10 +9,8 @@ seconds of a pass as a share of the dense network's, timed in turns.
 """
 
 import copy
-import io
-import time
-import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from posterity.claims import Between
+from posterity.lab.costs import saved_bytes, seconds_in_turns
 from posterity.lab.data import Images, load_images, split
 from posterity.lab.data.needs import require_classes
 from posterity.lab.nets import cnn
@@ -111,22 +110,11 @@ def _accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((torch.cat([net(part) for part in x.split(1000)]).argmax(1) == y).double().mean())
 
 
-def _bytes(net: nn.Module) -> int:
-    file = io.BytesIO()
-    torch.save(net.state_dict(), file)
-    return len(zlib.compress(file.getvalue(), 9))
-
-
 @torch.no_grad()
 def _time_share(net: nn.Module, dense: nn.Module, x: Tensor) -> float:
     """Return the least time of a pass over the dense network's, of 20 in turns: what else runs only adds to it."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(20):
-        for each, spent in zip((net, dense), seconds, strict=True):
-            start = time.perf_counter()
-            each(x)
-            spent.append(time.perf_counter() - start)
-    return min(seconds[0]) / min(seconds[1])
+    seconds = seconds_in_turns([partial(net, x), partial(dense, x)], 20).min(0)
+    return float(seconds[0] / seconds[1])
 
 
 def _score(
@@ -145,7 +133,7 @@ def _score(
         "test accuracy": _accuracy(net, x[test], y[test]),
         "dense": _accuracy(dense, x[test], y[test]),
         "left": left / whole,
-        "bytes": _bytes(net),
+        "bytes": saved_bytes(net.state_dict(), deflated=True),
         "seconds": _time_share(net, dense, x[test[:256]]),
     }
 
