@@ -19,6 +19,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from benchmarks.representation import growth as representation
 from posterity import dynamics, graphs, transport
 from posterity.lab.memory import peak_bytes
 from posterity.site.figures import alone, curves
@@ -240,6 +241,7 @@ FIGURES: dict[str, tuple[str, dict[str, Callable[[int], Work]], tuple[int, ...]]
         PARAMETERS,
         (3_000, 10_000, 30_000, 100_000, 300_000),
     ),
+    **representation.FIGURES,
 }
 
 

@@ -1,6 +1,7 @@
 """The site: a gallery that finds by problem, a page a paper, a page a task, all from files."""
 
 import json
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -147,6 +148,14 @@ def test_comparison_of_a_task_is_current_and_its_page_shows_it(site, task):
     if comparisons.same_versions(stored):
         jobs, _, _ = compare(task)
         assert comparisons.current(path, jobs), f"run `make comparisons TASKS={task}`"
+
+
+def test_points_of_a_curve_are_drawn_for_every_entry_and_not_listed(site):
+    page = (site.parent / "tasks" / "self-supervised.html").read_text(encoding="utf-8")
+    stored = json.loads((comparisons.FOLDER / "self-supervised.json").read_text(encoding="utf-8"))
+    drawn = page.split("linear probe by labels a class")[1:]
+    assert all(any(f"{row['entry']} from" in unescape(chart) for chart in drawn) for row in stored["rows"])
+    assert "labels a class: 1<" not in page and ">nearest neighbours</th>" in page
 
 
 def test_manual_is_linked_where_there_is_one(tmp_path, monkeypatch):

@@ -48,7 +48,8 @@ def compare(
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False)
-        beside = list(dict.fromkeys(name for row in rows for name in row.get("figures", {})))
+        every = dict.fromkeys(name for row in rows for name in row.get("figures", {}))
+        beside = [name for name in every if not engine.curve_point(name)]
         for name in ("rank", "entry", "paper", rows[0]["metric"], *beside):
             table.add_column(name)
         for row in rows:

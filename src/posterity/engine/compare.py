@@ -1,5 +1,6 @@
 """Comparing: every entry of a task on one set of data, ranked, with ties and advice."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib import import_module
@@ -12,7 +13,7 @@ from posterity.engine.fingerprint import fingerprint, reader
 from posterity.engine.plan import A_WEEK, typed
 from posterity.engine.store import Job, Outcome
 
-__all__ = ["advice", "compare"]
+__all__ = ["advice", "compare", "curve_point"]
 
 
 def compare(
@@ -153,3 +154,18 @@ def advice(rows: list[dict[str, Any]]) -> str:
         seeds = len(ordinary["values"])
         return f"{first}, an ordinary choice, is enough as far as {seeds} seeds tell: nothing is shown to be better."
     return f"{first}, the best ordinary choice, is not enough: {', '.join(better)} did better."
+
+
+def curve_point(figure: str) -> tuple[str, str, float] | None:
+    """Return what a figure named "up by across: number" is a point of, None of another.
+
+    Parameters
+    ----------
+    figure : str
+
+    Returns
+    -------
+    tuple of str, str and float, or None
+    """
+    place = re.fullmatch(r"(.+) by (.+): ([\d.]+)", figure)
+    return (place[1], place[2], float(place[3])) if place else None

@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from posterity.engine.compare import curve_point
 from posterity.engine.discovery import claim_outlines
 from posterity.papers import ROOT, Paper, papers
 from posterity.site import figures, sources
@@ -73,11 +74,28 @@ def _write_tasks(pages: Any, out: Path) -> None:
         page = pages.get_template("task.html").render(
             task=task, stored=stored, entered=[p for p in here if p.implemented and task in sources.tasks_of(p)],
             figure=Markup(figures.ranking(stored["rows"])) if stored else "",
+            charts=_charts(stored["rows"]) if stored else [],
+            beside=[name for name in stored["rows"][0].get("figures", {}) if not curve_point(name)] if stored else [],
             made_with=_made_with(stored) if stored else [], root="../",
         )  # fmt: skip
         (out / "tasks" / f"{task.name}.html").write_text(page, encoding="utf-8")
     page = pages.get_template("tasks.html").render(tasks=sources.questions(), root="../")
     (out / "tasks" / "index.html").write_text(page, encoding="utf-8")
+
+
+def _charts(rows: list[dict[str, Any]]) -> list[Markup]:
+    """Return the curves that figures are points of, of six entries at a time, in their order."""
+    lines: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        for name, value in row.get("figures", {}).items():
+            if place := curve_point(name):
+                up, across, x = place
+                lines.setdefault((up, across), {}).setdefault(row["entry"], []).append((x, value))
+    return [
+        Markup(figures.curves(f"{up} by {across}", {name: [curve] for name, curve in some}, across, up))
+        for (up, across), curves in lines.items()
+        for some in (list(curves.items())[k : k + 6] for k in range(0, len(curves), 6))
+    ]
 
 
 HEAD = """# Posterity

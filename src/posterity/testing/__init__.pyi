@@ -1,3 +1,4 @@
+from posterity.testing.embedding_loss import check_embedding_loss as check_embedding_loss
 from posterity.testing.estimator import check_estimator as check_estimator
 from posterity.testing.generative import check_generative as check_generative
 from posterity.testing.graph_network import check_graph_network as check_graph_network

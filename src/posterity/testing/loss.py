@@ -21,6 +21,7 @@ def check_loss(
     extremes: float = 1e4,
     compiles: bool = True,
     symmetric: bool = False,
+    detaches: bool = False,
 ) -> None:
     """Check a loss or regulariser: gradient, dtype, extremes, reduction, no side effects.
 
@@ -41,6 +42,9 @@ def check_loss(
     symmetric : bool, default=False
         Whether the order of the batch must not matter to the scalar; a loss with
         ``reduction`` is always tested.
+    detaches : bool, default=False
+        Whether it takes a part for a constant, as a target that no gradient enters: then its gradient is not
+        compared with differences of its value, and the test of the paper must say what it is.
     """
     wants = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     assert wants and all(x.dtype == torch.float64 for x in wants), (
@@ -58,7 +62,8 @@ def check_loss(
     assert value.requires_grad, "the loss is cut off from its inputs"
     same(loss(*inputs), value, "two calls differ")
     try:
-        torch.autograd.gradcheck(lambda *xs: loss(*merge(inputs, xs)), tuple(wants), atol=1e-6, rtol=1e-4)
+        if not detaches:
+            torch.autograd.gradcheck(lambda *xs: loss(*merge(inputs, xs)), tuple(wants), atol=1e-6, rtol=1e-4)
     except RuntimeError as error:
         raise AssertionError(f"gradcheck in float64: {error}") from error
 
