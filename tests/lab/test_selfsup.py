@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from posterity.lab.data import load_images
 from posterity.lab.selfsup import (
+    descend,
     effective_rank,
     embedded,
     encoder_for,
@@ -96,6 +97,31 @@ def test_a_loss_with_parameters_is_trained_along(parts):
     assert float(loss.scale) < 1 and not loss.training
     with pytest.raises(ValueError, match="lower lr"):
         pretrain(lambda a, b: (a - b).sum() * torch.nan, parts.x, steps=1, batch_size=4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
+def test_any_number_of_steps_rises_and_falls(steps):
+    w, seen = nn.Parameter(torch.ones(2)), []
+    opt = torch.optim.SGD([{"params": [w], "lr": 0.5}])
+    x = torch.arange(12.0).view(3, 1, 2, 2)
+
+    def value(rows, see):
+        first, second = see(), see()
+        assert len(rows) == 4 and first.shape == (4, 1, 2, 2) and not torch.equal(first, second)
+        return w.square().sum()
+
+    losses = descend(
+        value,
+        opt,
+        x,
+        steps=steps,
+        batch_size=4,
+        on_step=lambda step: seen.append((step, opt.param_groups[0]["lr"])),
+    )
+    assert len(losses) == steps and [step for step, _ in seen] == list(range(steps))
+    assert losses[-1] <= losses[0] and max(lr for _, lr in seen) <= 0.5
+    if steps > 2:
+        assert seen[-1][1] < 0.1 * max(lr for _, lr in seen)
 
 
 def test_few_labels_are_the_first_of_more(parts):

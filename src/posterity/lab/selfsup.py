@@ -25,6 +25,7 @@ from posterity.lab.nets import seeded
 __all__ = [
     "Parts",
     "Pretrained",
+    "descend",
     "effective_rank",
     "embedded",
     "encoder_for",
@@ -258,8 +259,8 @@ def pretrain(
     -------
     Pretrained
     """
-    start, draws = time.perf_counter(), torch.Generator().manual_seed(seed)
-    view, encoder = view or view_for(x), encoder or encoder_for(x, seed)
+    start = time.perf_counter()
+    encoder = encoder or encoder_for(x, seed)
     dim = feature_dim(encoder, x)
     with seeded(seed + 1):
         head = projection_head([dim, *projector], last_norm=last_norm)
@@ -269,25 +270,64 @@ def pretrain(
         loss.to(device).train()
         trained += [p for p in loss.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(steps, 2), pct_start=0.1)
-    losses = []
-    with seeded(seed + 2):
-        for step in range(steps):
-            batch = x[torch.randint(len(x), (batch_size,), generator=draws)].to(device)
-            value = loss(net(view(batch, draws)), net(view(batch, draws)))
-            if not torch.isfinite(value):
-                raise ValueError(f"the loss is {float(value)} at step {step + 1}: lower lr, got {lr}")
-            opt.zero_grad()
-            value.backward()
-            opt.step()
-            rate.step()
-            losses.append(float(value.detach()))
-            if on_step is not None:
-                on_step(step + 1, net)
+    losses = descend(
+        lambda rows, see: loss(net(see()), net(see())), opt, x, steps=steps, batch_size=batch_size, seed=seed,
+        device=device, view=view, on_step=None if on_step is None else lambda step: on_step(step + 1, net),
+    )  # fmt: skip
     net.cpu().eval()
     if isinstance(loss, nn.Module):
         loss.cpu().eval()
-    return Pretrained(encoder, head, np.asarray(losses), time.perf_counter() - start)
+    return Pretrained(encoder, head, losses, time.perf_counter() - start)
+
+
+def descend(
+    value: Callable[[Tensor, Callable[[], Tensor]], Tensor], opt: torch.optim.Optimizer, x: Tensor, *, steps: int,
+    batch_size: int = 128, seed: int = 0, device: str = "cpu", view: View | None = None,
+    on_step: Callable[[int], object] | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Train on views of batches drawn with replacement, at rates that rise over a tenth of the steps and fall to 0.
+
+    Parameters
+    ----------
+    value : callable
+        ``value(rows, see) -> scalar``: the loss of images ``x[rows]``, of which ``see()`` gives a new view.
+    opt : torch.optim.Optimizer
+        Whose rates are the highest.
+    x : Tensor of shape (n, channels, height, width)
+    steps, batch_size : int
+    seed : int
+        Decides batches and views.
+    device : str
+    view : callable, optional
+        ``view(x, generator) -> x``; that of `view_for`.
+    on_step : callable, optional
+        ``on_step(step)`` after each step, from 0.
+
+    Returns
+    -------
+    ndarray of shape (steps,)
+        The losses.
+    """
+    draws, view = torch.Generator().manual_seed(seed), view or view_for(x)
+    highest = [group["lr"] for group in opt.param_groups]
+    rising = 0.15 if steps == 10 else 0.1  # OneCycleLR divides by the steps of a tenth less one
+    rate = torch.optim.lr_scheduler.OneCycleLR(opt, highest, total_steps=max(steps, 2), pct_start=rising)
+    losses = []
+    with seeded(seed + 2):
+        for step in range(steps):
+            rows = torch.randint(len(x), (batch_size,), generator=draws)
+            batch = x[rows].to(device)
+            found = value(rows, lambda batch=batch: view(batch, draws))
+            if not torch.isfinite(found):
+                raise ValueError(f"the loss is {float(found)} at step {step + 1}: lower lr, got {highest[0]}")
+            opt.zero_grad()
+            found.backward()
+            opt.step()
+            rate.step()
+            losses.append(float(found.detach()))
+            if on_step is not None:
+                on_step(step)
+    return np.asarray(losses)
 
 
 def feature_dim(encoder: nn.Module, x: Tensor) -> int:

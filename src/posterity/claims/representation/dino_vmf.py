@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from posterity.claims import Between, Count, Positive, Trial, bound, comparison
 from posterity.lab.data import Images, load_images
 from posterity.lab.nets import seeded
-from posterity.lab.selfsup import encoder_for, feature_dim, image_parts, require_parts, view_for, worth
+from posterity.lab.selfsup import descend, encoder_for, feature_dim, image_parts, require_parts, worth
 from posterity.lab.tasks import entry
 from posterity.lab.tasks.self_supervised import STEPS, Features, features_of
 from posterity.representation import DINOHead, SelfDistillation, vmf_log_normalizer
@@ -29,7 +29,6 @@ def _distilled(
 ) -> SelfDistillation:  # fmt: skip
     """Return student and teacher after so many steps on two views, at the rates of the other losses."""
     kind, centering = ARMS[arm]
-    draws, view = torch.Generator().manual_seed(seed), view_for(x)
     with seeded(seed + 1):
         head = DINOHead(
             feature_dim(encoder, x), n_prototypes, hidden_dim=256, bottleneck_dim=32, prototypes=kind  # type: ignore[arg-type]
@@ -38,17 +37,11 @@ def _distilled(
         encoder, head, teacher_temperature=teacher_temperature, teacher_warmup=(teacher_temperature, 0),
         momentum=0.99, total_steps=steps, centering=centering,  # type: ignore[arg-type]
     ).to(device)  # fmt: skip
-    opt = torch.optim.AdamW(model.student_parameters(), lr=2e-3, weight_decay=1e-4)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=max(steps, 2), pct_start=0.1)
-    with seeded(seed + 2):
-        for step in range(steps):
-            batch = x[torch.randint(len(x), (batch_size,), generator=draws)].to(device)
-            value = model.loss([view(batch, draws) for _ in range(2)])
-            opt.zero_grad()
-            value.backward()
-            opt.step()
-            rate.step()
-            model.update_teacher(step)
+    descend(
+        lambda rows, see: model.loss([see(), see()]),
+        torch.optim.AdamW(model.student_parameters(), lr=2e-3, weight_decay=1e-4), x, steps=steps,
+        batch_size=batch_size, seed=seed, device=device, on_step=model.update_teacher,
+    )  # fmt: skip
     return model.cpu().eval()
 
 

@@ -5,6 +5,7 @@ import os
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from posterity.claims import Between, Count, Positive, Trial, comparison, trend
 from posterity.lab.data import ImageData, Images, dataset, load_images
 from posterity.lab.data.images import require_images
 from posterity.lab.nets import seeded
-from posterity.lab.selfsup import encoder_for, feature_dim, view_for
+from posterity.lab.selfsup import descend, encoder_for, feature_dim
 from posterity.lab.tasks import entry
 from posterity.lab.tasks.self_supervised import STEPS, Features, features_of
 from posterity.representation import PsCo, evaluate_few_shot
@@ -89,23 +90,20 @@ def trained(
 
     ``on_step(step, model, rows, view)`` comes before each step, from 0, with what is to be its keys.
     """
-    draws, view = torch.Generator().manual_seed(seed), view_for(x)
     encoder = encoder_for(x, seed, width=width, dim=dim)
     with seeded(seed + 1):
         model = PsCo(encoder, feature_dim(encoder, x), hidden_dim=256, dim=128, momentum=momentum, queue_size=queue_size,
                      n_shots=n_shots, meta_weight=meta_weight).to(device)  # fmt: skip
-    opt = torch.optim.AdamW(model.parameters_to_train(), lr=lr, weight_decay=1e-4)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        rows = torch.randint(len(x), (batch_size,), generator=draws)
-        batch = x[rows].to(device)
-        query, key = view(batch, draws), view(batch, draws)
+    done = count()
+
+    def value(rows: Tensor, see: Callable[[], Tensor]) -> Tensor:
+        query, key = see(), see()
         if on_step is not None:
-            on_step(step, model, rows, key)
-        opt.zero_grad()
-        model.loss(query, key).backward()
-        opt.step()
-        rate.step()
+            on_step(next(done), model, rows, key)
+        return model.loss(query, key)
+
+    opt = torch.optim.AdamW(model.parameters_to_train(), lr=lr, weight_decay=1e-4)
+    descend(value, opt, x, steps=steps, batch_size=batch_size, seed=seed, device=device)
     return model.eval()
 
 

@@ -10,12 +10,12 @@ from posterity.lab.data import ImageData, Images, load_images
 from posterity.lab.nets import seeded
 from posterity.lab.selfsup import (
     TEST,
+    descend,
     embedded,
     encoder_for,
     feature_dim,
     image_parts,
     require_parts,
-    view_for,
 )
 from posterity.lab.tasks import entry
 from posterity.lab.tasks.self_supervised import STEPS, Features, features_of
@@ -47,26 +47,20 @@ def trained(
 
     Prototypes learn at five times the network's rate and are not decayed.
     """
-    draws, view = torch.Generator().manual_seed(seed), view_for(x)
     parts = torch.Generator().manual_seed(seed)  # its own, so that all arms see the same batches and views
     encoder = encoder_for(x, seed, dim=dim).to(device).train()
     with seeded(seed + 1):
         loss = ClusterDiscrimination(
             feature_dim(encoder, x), n_clusters, class_rate=class_rate, n_features=n_features
         ).to(device)
-    groups = [
-        {"params": encoder.parameters(), "weight_decay": 1e-4},
-        {"params": loss.parameters(), "weight_decay": 0.0},
-    ]
-    opt = torch.optim.AdamW(groups, lr=2e-3)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, [2e-3, 1e-2], total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        rows = torch.randint(len(x), (batch_size,), generator=draws)
-        z = encoder(view(x[rows].to(device), draws))
-        opt.zero_grad()
-        loss(z, labels[rows].to(device), generator=parts).backward()
-        opt.step()
-        rate.step()
+    opt = torch.optim.AdamW([
+        {"params": encoder.parameters(), "lr": 2e-3, "weight_decay": 1e-4},
+        {"params": loss.parameters(), "lr": 1e-2, "weight_decay": 0.0},
+    ])  # fmt: skip
+    descend(
+        lambda rows, see: loss(encoder(see()), labels[rows].to(device), generator=parts), opt, x, steps=steps,
+        batch_size=batch_size, seed=seed, device=device,
+    )  # fmt: skip
     return encoder.cpu().eval()
 
 
