@@ -55,10 +55,10 @@ def test_of_vectors_and_of_commuting_matrices_it_is_canonical_correlation():
     corr = [np.corrcoef(theirs[0][:, k], theirs[1][:, k])[0, 1] for k in range(2)]
     torch.testing.assert_close(geodesic_correlation(x, y, ridge=0.0)[:2], torch.tensor(corr, dtype=torch.float64), rtol=1e-6, atol=1e-6)  # fmt: skip
     a, b = (torch.diag_embed(v.exp()) for v in (x[:, :3], y))
-    found = geodesic_correlation(a, b, ridge=1e-9)[:3]
-    torch.testing.assert_close(found, plain_cca(x[:, :3], y), rtol=1e-6, atol=1e-6)
-    mixed = geodesic_correlation(a, y, ridge=1e-9)
-    torch.testing.assert_close(mixed, plain_cca(x[:, :3], y), rtol=1e-6, atol=1e-6)
+    found = geodesic_correlation(a, b, ridge=0.0)[:3]
+    torch.testing.assert_close(found, plain_cca(x[:, :3], y), rtol=1e-8, atol=1e-8)
+    mixed = geodesic_correlation(a, y, ridge=0.0)
+    torch.testing.assert_close(mixed, plain_cca(x[:, :3], y), rtol=1e-8, atol=1e-8)
 
 
 def test_other_coordinates_change_nothing_and_a_view_is_itself():
@@ -140,6 +140,8 @@ def test_the_loss_is_minus_the_mean_correlation_of_latents_and_training_lowers_i
     latents = net(x, y)
     expected = -geodesic_correlation(*latents, n_components=2).mean()
     torch.testing.assert_close(net.loss(x, y), expected)
+    ours, theirs = (torch.autograd.grad(v, list(net.parameters())) for v in (net.loss(x, y), expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)  # through the means too
     assert net(x)[1] is None and net(y=y)[0] is None
     opt = torch.optim.Adam(net.parameters(), lr=0.02)
     start = float(expected.detach())
@@ -182,7 +184,9 @@ def test_a_view_may_be_vectors():
     x, y = pairs()[0], randn(40, 4)
     net.loss(x, y).backward()
     assert net.mean_y.shape == (2,)
+    first = net.mean_y.clone()
     net.loss(x, y + 1)
+    torch.testing.assert_close(net.mean_y, 0.9 * first + 0.1 * net(y=y + 1)[1].detach().mean(0))
     assert net.fit_directions(x, y).project(x, y)[1].shape == (40, 1)
 
 
@@ -206,7 +210,16 @@ X, Y = spd(12, 2), spd(12, 2, seed=1)
         (lambda: geodesic_correlation(-X, Y), "x must be positive definite, 12 of 12"),
         (lambda: geodesic_correlation(X, Y.long()), "y must be a floating"),
         (lambda: geodesic_correlation(X, Y, mean_y=torch.eye(3).double()), "mean_y must have shape"),
-        (lambda: geodesic_correlation(X[0], Y), "x must"),
+        (lambda: geodesic_correlation(X[:, :1], Y), "x must have square matrices"),
+        (lambda: geodesic_correlation(X + torch.tensor([[0.0, 1.0], [0.0, 0.0]]), Y), "x must be symmetric, matrix 0"),
+        (lambda: geodesic_correlation(X, Y * torch.ones(12, 1, 1).index_fill(0, torch.tensor([5, 8]), -1)), "y must be positive definite, 2 of 12 are not, the first is matrix 5: shrink"),
+        (lambda: geodesic_correlation(X, Y + 0j), "y must be a floating"),
+        (lambda: geodesic_correlation(X, torch.full((12, 2), torch.nan)), "y must be finite"),
+        (lambda: geodesic_correlation(X[:, 0, 0], Y), "x must have shape"),
+        (lambda: model(ridge=-1.0), "ridge"),
+        (lambda: model(n_components=4).loss(*pairs()), "n_components must be at most 3"),
+        (lambda: GeodesicCCA(1, ridge=-1.0).fit(X, Y), "ridge"),
+        (lambda: GeodesicCCA(1).fit(X, Y).score(X, Y[:5]), "y must have as many rows as X"),
         (lambda: model().project(pairs()[0]), "fit_directions"),
         (lambda: model(n_components=0), "n_components"),
         (lambda: model(mean_momentum=0), "mean_momentum"),

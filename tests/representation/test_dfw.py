@@ -127,6 +127,8 @@ def test_without_noise_it_converges_linearly_from_anywhere():
         found = dfw(x, y, 2, partition=partition, phi_true=phi, random_state=0, n_iter=400)
         assert found.converged and float(found.distances[-1]) < 1e-5
         assert found.n_iter == len(found.distances) < 400
+        own = torch.eye(2, dtype=torch.float64)
+        torch.testing.assert_close(found.phi @ found.phi.T, own, rtol=0, atol=1e-10)
         middle = found.distances[5:30].log()
         assert float((middle[-1] - middle[0]) / 24) < -0.05
     start = dfw(x, y, 2, init="spectral", phi_true=phi, n_iter=1)
@@ -309,6 +311,8 @@ def test_tasks_are_labels_and_new_ones_get_a_head(as_a_user):
         (lambda: model.predict(X[:2], ["a"]), "task must have a label for each of the 2"),
         (lambda: DFWRegressor().fit(X, Y, task[:5]), "task must have a label"),
         (lambda: model.fit_head(X[:5], Y[:4]), "y must have a row for each"),
+        (lambda: model.fit_head(X[:5], Y[:5] * np.nan), "y must be finite"),
+        (lambda: DFWRegressor(0).fit(X, Y, task), "n_components"),
     ):
         with pytest.raises(ValueError, match=said):
             bad()
@@ -327,6 +331,11 @@ X, Y, _ = problem()
         (lambda: dfw(X, Y, 2, split=1.0), "split"),
         (lambda: dfw(X[:, :10], Y[:, :10], 2), "at least 6 rows in the second part .* task 0 has 5"),
         (lambda: dfw(X, Y, 2, split=0.03), "at least 2 rows in the first part .* task 0 has 1"),
+        (lambda: dfw([X[0], X[1][:10]], [Y[0], Y[1][:10]], 2), "at least 6 rows in the second part .* task 1 has 5"),
+        (lambda: dfw([X[0], X[1][:3]], [Y[0], Y[1][:3]], 2), "at least 2 rows in the first part .* task 1 has 1"),
+        (lambda: dfw([X[0], X[1] * torch.nan], [Y[0], Y[1]], 2), r"x\[1\] must be finite"),
+        (lambda: dfw_step(torch.eye(6)[:2], X, Y, lr=0.1, split=1.0), "split"),
+        (lambda: dfw_step(torch.eye(6)[:2], X[:, :10], Y[:, :10], lr=0.1), "at least 6 rows in the second part"),
         (lambda: dfw([X[0], X[1][:, :5]], [Y[0], Y[1]], 2), r"x\[1\] must have shape"),
         (lambda: dfw([X[0], X[1]], [Y[0], Y[1][:, :2]], 2), r"y\[1\] must have shape"),
         (lambda: dfw([X[0]], [Y[0], Y[1]], 2), "as many tasks"),

@@ -41,6 +41,8 @@ def test_prototypes_are_mean_directions_and_one_shot_is_the_cosine():
     torch.testing.assert_close(
         prototype_scores(3 * query, (lengths * support)[order], labels[order]), expected
     )
+    renamed = torch.tensor([1, 8, 1, 3, 8, 1])  # 5, 2, 9 become 1, 8, 3
+    torch.testing.assert_close(prototype_scores(query, support, renamed), expected[:, [1, 2, 0]])
     cosines = F.cosine_similarity(query[:, None], support[None], dim=2)
     torch.testing.assert_close(prototype_scores(query, support, torch.arange(6)), cosines)
     assert torch.autograd.gradcheck(lambda q, s: prototype_scores(q, s, labels), (query.requires_grad_(), support.requires_grad_()))  # fmt: skip
@@ -49,11 +51,12 @@ def test_prototypes_are_mean_directions_and_one_shot_is_the_cosine():
 def test_separated_embeddings_are_all_right_and_random_ones_a_guess():
     apart = F.one_hot(LABELS, 6).float()
     assert evaluate_few_shot(nn.Identity(), apart, LABELS, n_query=5, n_tasks=30).accuracy == 1
-    noise = torch.randn(90, 20, generator=rng())
-    found = evaluate_few_shot(lambda x: x, noise, LABELS, n_way=4, n_query=8, n_tasks=100, generator=rng())
-    assert abs(found.accuracy - 1 / 4) < 3 * found.interval and found.per_task.shape == (100,)
-    assert found.interval == pytest.approx(1.96 * float(found.per_task.std()) / math.sqrt(100))
-    again = evaluate_few_shot(lambda x: x, noise, LABELS, n_way=4, n_query=8, n_tasks=100, generator=rng())
+    noise, names = torch.randn(6000, 20, generator=rng()), torch.arange(6000) % 60
+    options = {"n_way": 4, "n_query": 8, "n_tasks": 200}
+    found = evaluate_few_shot(lambda x: x, noise, names, generator=rng(), **options)
+    assert abs(found.accuracy - 1 / 4) < found.interval < 0.02 and found.per_task.shape == (200,)
+    assert found.interval == pytest.approx(1.96 * float(found.per_task.std()) / math.sqrt(200))
+    again = evaluate_few_shot(lambda x: x, noise, names, generator=rng(), **options)
     assert torch.equal(again.per_task, found.per_task)
 
 
@@ -110,6 +113,10 @@ def test_all_tasks_at_once_are_each_of_them_alone():
         (lambda: sample_episode(torch.tensor([0] * 9 + [1] * 4), n_way=2, n_query=4), "class 1 has 4"),
         (lambda: sample_episode(LABELS.float()), "labels must hold class indices"),
         (lambda: sample_episode(LABELS, k_shot=0), "k_shot"),
+        (lambda: sample_episode(LABELS, n_way=0), "n_way"),
+        (lambda: sample_episode(LABELS, n_query=0), "n_query"),
+        (lambda: evaluate_few_shot(nn.Identity(), torch.ones(90, 2), LABELS, n_way=7), "at least n_way=7 classes, got 6"),
+        (lambda: evaluate_few_shot(nn.Identity(), torch.ones(90, 2), LABELS, n_query=15), "class 0 has 15"),
         (lambda: prototype_scores(torch.ones(2, 3), torch.ones(2, 4), torch.arange(2)), "support must have shape"),
         (lambda: prototype_scores(torch.ones(2, 3), torch.ones(0, 3), torch.arange(0)), "at least one row"),
         (lambda: prototype_scores(torch.ones(2, 3), torch.ones(2, 3), torch.arange(3)), "labels must have shape"),

@@ -1,3 +1,4 @@
+import copy
 import io
 import math
 import zipfile
@@ -43,8 +44,18 @@ def test_assignments_are_sinkhorns_at_convergence_and_rows_sum_to_one():
     torch.testing.assert_close(moved, even)
 
 
+def test_assignments_of_cosines_at_the_default_sharpness_are_pots():
+    s = F.normalize(randn(6, 5), dim=1) @ F.normalize(randn(9, 5, seed=1), dim=1).T
+    found = sinkhorn_assign(s, n_iter=5000)
+    torch.testing.assert_close(found.sum(0), torch.full((9,), 6 / 9, dtype=torch.float64), rtol=1e-6, atol=0)
+    plan = ot.sinkhorn(
+        np.full(6, 1 / 6), np.full(9, 1 / 9), -s.numpy(), 0.05, numItermax=50_000, stopThr=1e-14
+    )
+    torch.testing.assert_close(found, torch.from_numpy(6 * plan), rtol=0, atol=1e-6)
+
+
 def test_a_step_goes_over_columns_first():
-    s, a = randn(3, 4), None
+    s = randn(3, 4)
     a = (s / 0.2).exp()
     for _ in range(2):
         a = a / a.sum(0) / 4
@@ -144,7 +155,16 @@ def test_no_gradient_enters_keys_and_the_queue_is_first_in_first_out():
         torch.testing.assert_close(loss.queue[k % 7], entered[k])
     again = made(queue_size=7)
     again.load_state_dict(loss.state_dict())
+    assert int(again.pointer) == int(loss.pointer) != 0
     assert torch.equal(again(query, key), loss(query, key))
+    assert torch.equal(again.queue, loss.queue)
+    for size in (1, 7, 5, 7, 2):  # a whole queue too, from anywhere
+        batch = randn(size, 5, seed=size)
+        start, place = loss.queue.clone(), int(loss.pointer)
+        loss(batch, batch)
+        start[[(place + k) % 7 for k in range(size)]] = F.normalize(batch, dim=1)
+        torch.testing.assert_close(loss.queue, start)
+        assert int(loss.pointer) == (place + size) % 7
 
 
 def test_a_loss_taken_in_inference_mode_leaves_a_queue_to_train_with():
@@ -330,6 +350,27 @@ def test_drawings_of_a_zip_are_read_by_character_with_ink_one(tmp_path):
     assert data.x[0].mean() == pytest.approx((drawn % 7 + 1) / 7, abs=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_adapts_as_float32_does(dtype):
+    torch.manual_seed(0)
+    model = PsCo(nn.Linear(6, 6), 6, hidden_dim=8, dim=4, queue_size=16).to(dtype)
+    support, labels = (
+        torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(dtype),
+        torch.arange(8) % 2,
+    )
+    ours = adapt_few_shot(model, support, labels, n_steps=30, lr=1e-3)
+    wider = copy.deepcopy(model)
+    wider.projector, wider.predictor = wider.projector.float(), wider.predictor.float()
+    wider.backbone.register_forward_hook(lambda module, args, out: out.float())
+    plain = adapt_few_shot(wider, support, labels, n_steps=30, lr=1e-3)
+    for a, b in zip(ours.projector.parameters(), plain.projector.parameters(), strict=True):
+        torch.testing.assert_close(a, b.to(dtype), rtol=0, atol=0)
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(ours.projector.parameters(), model.projector.parameters(), strict=True)
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -343,11 +384,26 @@ def test_drawings_of_a_zip_are_read_by_character_with_ink_one(tmp_path):
         (lambda: PsCoLoss(4)(torch.ones(6, 4), torch.ones(5, 4)), "key must have shape"),
         (lambda: PsCoLoss(4)(torch.ones(6, 3), torch.ones(6, 3)), "query must have shape"),
         (lambda: PsCoLoss(4)(torch.ones(6, 4).long(), torch.ones(6, 4)), "query must be a floating"),
+        (lambda: PsCoLoss(4)(torch.ones(4), torch.ones(4)), "query must have shape"),
+        (lambda: PsCoLoss(4)(torch.ones(0, 4), torch.ones(0, 4)), "query must have at least 1 rows"),
+        (lambda: PsCoLoss(4)(torch.ones(6, 4), torch.ones(6, 4).long()), "key must be a floating"),
+        (lambda: PsCoLoss(4).terms(torch.ones(6, 4), torch.ones(5, 4)), "key must have shape"),
+        (lambda: PsCoLoss(4).shots(torch.ones(6, 3)), "key must have shape"),
+        (lambda: PsCoLoss(4, n_iter=0), "n_iter"),
+        (lambda: PsCoLoss(4, temperature=-0.1), "temperature"),
+        (lambda: PsCoLoss(4, meta_temperature=0), "meta_temperature"),
+        (lambda: PsCoLoss(4, epsilon=-0.1), "epsilon"),
         (lambda: sinkhorn_assign(torch.ones(2, 2), epsilon=0), "epsilon"),
         (lambda: sinkhorn_assign(torch.ones(2, 2), n_iter=0), "n_iter"),
         (lambda: sinkhorn_assign(torch.ones(0, 2)), "similarity must have a row"),
         (lambda: model(momentum=1.1), "momentum"),
+        (lambda: model(momentum=-0.1), "momentum"),
         (lambda: model(n_shots=40), "n_shots"),
+        (lambda: adapt_few_shot(model(), images(4), torch.arange(3)), "labels must have shape"),
+        (lambda: adapt_few_shot(model(), images(4), torch.arange(4), n_steps=0), "n_steps"),
+        (lambda: adapt_few_shot(model(), images(4), torch.arange(4), lr=0), "lr"),
+        (lambda: adapt_few_shot(model(), images(4), torch.arange(4), momentum=1), "momentum"),
+        (lambda: adapt_few_shot(model(), images(4), torch.arange(4), weight_decay=-1), "weight_decay"),
         (lambda: model().embed(images(), role="key"), "role"),
         (lambda: PsCo(nn.Flatten(), 8).embed(images()), r"backbone must return \(10, backbone_dim=8\), got \(10, 16\)"),
         (lambda: adapt_few_shot(model(), images(4), torch.zeros(4, dtype=torch.int64)), "at least two classes"),

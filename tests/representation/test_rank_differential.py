@@ -109,6 +109,14 @@ def test_effective_rank_of_known_spectra():
     assert effective_rank(moved) < 2
 
 
+@pytest.mark.parametrize("of", ["singular", "eigen"])
+def test_effective_rank_is_between_one_and_the_rank(of):
+    for seed in range(30):
+        rank = 1 + seed % 4
+        z = randn(9, rank, seed=seed) @ randn(rank, 6, seed=seed + 50)
+        assert 1 - 1e-9 <= float(effective_rank(z, of=of)) <= rank + 1e-9
+
+
 def test_effective_rank_is_a_metric_that_units_and_rotations_leave_alone(as_a_user):
     z = randn(9, 4)
     check_metric(effective_rank, z, known=[((torch.eye(3),), 3.0)])
@@ -170,8 +178,19 @@ def test_a_momentum_branch_gives_targets_and_gets_no_gradient():
         assert not torch.isclose(value, own)
 
 
-def test_the_gradient_is_that_of_alignment_with_constants():
-    z1, z2 = (randn(8, 4, seed=seed).requires_grad_() for seed in range(2))
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8)])
+def test_a_filtered_target_is_a_constant(shape):
+    z1, z2 = (randn(*shape, seed=seed).requires_grad_() for seed in range(2))
+    ours = torch.autograd.grad(RDMLoss(sigma=-0.5, location="target")(z1, z2), (z1, z2))
+    targets = [by_svd(z.detach(), lambda s: s**-0.5) for z in (z1, z2)]
+    by_hand = -(F.cosine_similarity(z1, targets[1]).mean() + F.cosine_similarity(z2, targets[0]).mean()) / 2
+    for a, b in zip(ours, torch.autograd.grad(by_hand, (z1, z2)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (4, 8)])
+def test_the_gradient_is_that_of_alignment_with_constants(shape):
+    z1, z2 = (randn(*shape, seed=seed).requires_grad_() for seed in range(2))
     ours = torch.autograd.grad(RDMLoss()(z1, z2), (z1, z2))
     w = []
     for z in (z1, z2):
@@ -189,7 +208,19 @@ def test_rotations_and_for_powers_units_do_not_matter():
     q = orthogonal(4, 2)
     for loss in (RDMLoss(), RDMLoss("log1p"), RDMLoss(sigma=-1, location="target")):
         torch.testing.assert_close(loss(z1 @ q, z2 @ q), loss(z1, z2))
-    torch.testing.assert_close(RDMLoss()(1e-3 * z1, 1e3 * z2), RDMLoss()(z1, z2))
+    for loss in (RDMLoss(), RDMLoss(sigma=-1, location="target"), RDMLoss(sigma=-0.5, location="target")):
+        torch.testing.assert_close(loss(1e-3 * z1, 1e3 * z2), loss(z1, z2))
+
+
+def test_a_power_of_zero_is_the_plain_symmetric_loss():
+    z1, z2 = (randn(8, 4, seed=seed).requires_grad_() for seed in range(2))
+    plain = -(F.cosine_similarity(z1, z2.detach()).mean() + F.cosine_similarity(z2, z1.detach()).mean()) / 2
+    expected = torch.autograd.grad(plain, (z1, z2))
+    for location in ("online", "target"):
+        value = RDMLoss(sigma=0, location=location)(z1, z2)
+        assert torch.equal(value, plain)
+        for ours, theirs in zip(torch.autograd.grad(value, (z1, z2)), expected, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +265,10 @@ def test_a_falling_target_filter_raises_the_rank_of_what_is_aligned():
         (lambda: RDMLoss(location="both"), "location"),
         (lambda: RDMLoss(form="mse"), "form"),
         (lambda: RDMLoss(sigma=float("nan")), "sigma must be a finite number"),
+        (lambda: RDMLoss(sigma=float("inf")), "sigma must be a finite number"),
+        (lambda: spectral_filter(torch.ones(3, 2), sigma="1"), "sigma must be a finite number"),
+        (lambda: RDMLoss()(*[torch.randn(4, 3)] * 2, torch.randn(3, 3), torch.randn(3, 3)), "target1 must have shape"),
+        (lambda: rank_difference(torch.zeros(3, 2), torch.ones(3, 2)), "online must not be all 0"),
         (lambda: spectral_filter(torch.ones(3, 2), lambda s: s[:1]), "filter must return a tensor of the shape"),
         (lambda: spectral_filter(torch.ones(3, 2), lambda s: s / 0), "filter must return finite"),
         (lambda: spectral_filter(torch.ones(3)), "z must have shape"),

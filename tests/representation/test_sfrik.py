@@ -54,7 +54,7 @@ def test_polynomials_are_one_at_one_and_orthogonal(dim):
     assert (off.abs() / (gram.diagonal()[:, None] * gram.diagonal()[None]).sqrt()).max() < 1e-10
     assert values.abs().max() <= 1 + 1e-12
     one = torch.ones(1, dtype=torch.float64)
-    assert [float(legendre(one, degree, dim)) for degree in range(7)] == pytest.approx([1.0] * 7)
+    assert [float(legendre(one, degree, dim)) for degree in range(7)] == pytest.approx([1.0] * 7, rel=1e-12)
 
 
 # The weights of a kernel.
@@ -74,7 +74,10 @@ def test_weights_of_a_polynomial_are_those_that_it_is_made_of():
     for dim in (2, 5, 300, 8192):
         b = kernel_weights(lambda t, q=dim: 2 * legendre(t, 1, q) + 3 * legendre(t, 2, q), dim, 3)
         torch.testing.assert_close(
-            b, torch.tensor([2.0, 3.0, 0.0], dtype=torch.float64), atol=1e-3, rtol=1e-6
+            b,
+            torch.tensor([2.0, 3.0, 0.0], dtype=torch.float64),
+            atol=1e-14 * math.comb(dim + 2, 3),
+            rtol=1e-12,
         )
 
 
@@ -110,7 +113,7 @@ def test_both_routes_agree_in_value_and_gradient(shape):
     grads = [torch.autograd.grad(value, z)[0] for value in found]
     for value, grad in zip(found[1:], grads[1:], strict=True):
         torch.testing.assert_close(value, found[0], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(grad, grads[0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(grad, grads[0], rtol=1e-12, atol=1e-12)
 
 
 def test_designs_collapse_and_random_points_have_the_values_that_theory_says():
@@ -120,7 +123,7 @@ def test_designs_collapse_and_random_points_have_the_values_that_theory_says():
     simplex = torch.linalg.svd(simplex).U[:, :4] * torch.linalg.svd(simplex).S[:4]
     assert float(mmd_to_uniform(simplex, (1.0, 40.0))) == pytest.approx(0, abs=1e-12)
     assert float(mmd_to_uniform(simplex)) > 0.1
-    assert float(mmd_to_uniform(torch.ones(9, 4, dtype=torch.float64))) == pytest.approx(81)
+    assert float(mmd_to_uniform(torch.ones(9, 4, dtype=torch.float64))) == pytest.approx(81, rel=1e-12)
     draws = torch.stack([mmd_to_uniform(randn(10, 6, seed=seed)) for seed in range(500)])
     assert abs(float(draws.mean()) - 81 / 10) < 5 * float(draws.std()) / math.sqrt(500)
 
@@ -132,7 +135,9 @@ def test_rotations_lengths_and_order_do_not_matter_and_it_is_never_negative():
     for other in (z @ q, z * torch.arange(1, 12)[:, None], z[torch.randperm(11, generator=rng())]):
         torch.testing.assert_close(mmd_to_uniform(other), value)
     for seed in range(50):
-        assert mmd_to_uniform(randn(3 + seed % 7, 4, seed=seed)) >= -1e-12
+        z = randn(3 + seed % 7, 4, seed=seed)
+        for weights in ((1.0, 40.0, 40.0), (1.0, 40.0), (0.0, 0.0, 1.0), (0, 0, 0, 1, 1)):
+            assert mmd_to_uniform(z, weights) >= -1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -143,6 +148,20 @@ def test_in_wide_spaces_what_nearly_cancels_is_kept(dtype):
     torch.testing.assert_close(
         mmd_to_uniform(z).double(), exact, rtol=1e-3 if dtype == torch.float32 else 1e-2, atol=0
     )
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 40.0), (1.0, 40.0, 40.0), (1, 2, 3, 4, 5)])
+def test_on_the_circle_each_degree_is_a_fourier_coefficient(weights):
+    angle = 6 * torch.rand(9, dtype=torch.float64, generator=rng())
+    z = torch.stack([angle.cos(), angle.sin()], 1)
+    expected = sum(b * abs(np.exp(1j * k * angle.numpy()).mean()) ** 2 for k, b in enumerate(weights, 1))
+    assert float(mmd_to_uniform(z, weights)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_gradients_of_a_stack_of_batches_are_those_of_each():
+    z = randn(3, 4, 5)
+    grad = torch.func.grad(mmd_to_uniform)
+    torch.testing.assert_close(torch.func.vmap(grad)(z), torch.stack([grad(part) for part in z]))
 
 
 # The loss.
@@ -213,3 +232,20 @@ def test_a_row_of_zeros_has_no_direction_and_a_finite_gradient():
     z = z.requires_grad_()
     SFRIKLoss()(z, 2 * z).backward()
     assert z.grad.isfinite().all()
+
+
+def test_two_samples_have_a_finite_value_and_gradient():
+    z1, z2 = (randn(2, 5, seed=seed).requires_grad_() for seed in range(2))
+    for weights in ((1.0,), (1.0, 40.0), (1.0, 40.0, 40.0), (1, 2, 3, 4)):
+        value = SFRIKLoss(weights)(z1, z2)
+        assert value.isfinite()
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(value, (z1, z2)))
+
+
+def test_a_row_of_zeros_is_orthogonal_to_all_by_either_route():
+    z = torch.cat([randn(6, 3), torch.zeros(1, 3, dtype=torch.float64)])
+    u = F.normalize(z, dim=1)
+    gram = u @ u.T
+    expected = 2 * gram.mean() + 5 * legendre(gram, 2, 3).mean()
+    for route in ("gram", "moment"):
+        torch.testing.assert_close(mmd_to_uniform(z, (2, 5), route=route), expected)

@@ -91,6 +91,11 @@ def test_the_mean_is_where_logarithms_cancel_and_moves_with_coordinates():
     assert float(tangent_vectors(s, mean).mean(0).norm()) < 1e-11
     torch.testing.assert_close(frechet_mean(g @ s @ g.T), g @ mean @ g.T)
     torch.testing.assert_close(tangent_vectors(s, mean).norm(dim=1), spd_distance(s, mean))
+    logs = spd_log(s)
+    by_row = torch.stack(
+        [logs[:, i, j] * (1 if i == j else 2**0.5) for i in range(4) for j in range(i, 4)], 1
+    )
+    torch.testing.assert_close(tangent_vectors(s, torch.eye(4, dtype=torch.float64)), by_row)
     cost = spd_distance(s, mean).square().mean()
     for seed in range(20):
         other = mean + 0.1 * spd(1, 4, seed=seed)[0]
@@ -228,3 +233,12 @@ def test_they_are_layers(as_a_user, make):
 def test_what_does_not_fit_is_refused(as_a_user, make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
+def test_symmetry_is_asked_to_a_millionth_of_the_largest_entry(unit):
+    s = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+    off = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(spd_log(unit * (s + 9e-7 * off)), spd_log(unit * s), rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match="s must be symmetric"):
+        spd_log(unit * (s + 1.1e-6 * off))

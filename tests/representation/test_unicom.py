@@ -112,6 +112,22 @@ def test_the_loss_rises_with_the_margin_and_units_and_names_do_not_matter():
     torch.testing.assert_close(other(3 * z[:, turn], place[y]), value)
 
 
+@pytest.mark.parametrize("gradient", ["straight-through", "exact"])
+def test_the_margin_is_added_to_the_angle_even_where_they_pass_pi(gradient):
+    angle, values = 1.0, []
+    z, margins = torch.tensor([[1.0, 0.0]], dtype=torch.float64), [0.0, 0.5, 1.0, 1.5, 2.0, math.pi - 1, 3.0]
+    for m in margins:
+        loss = ClusterDiscrimination(2, 2, angular_margin=m, scale=3.0, margin_gradient=gradient).double()
+        loss.weight.data = torch.tensor(
+            [[math.cos(angle), math.sin(angle)], [0.0, -1.0]], dtype=torch.float64
+        )
+        values.append(float(loss(z, torch.tensor([0])).detach()))
+    assert values == pytest.approx(
+        [math.log1p(math.exp(-3 * math.cos(angle + m))) for m in margins], rel=1e-10
+    )
+    assert all(b > a for a, b in zip(values[:-1], values[1:-1], strict=False)) and values[-1] < values[-2]
+
+
 def test_it_is_a_loss_and_its_prototypes_a_parameter(as_a_user):
     z, y = batch(4, 5, 6)
     for options in ({}, {"margin_gradient": "exact"}, {"filter_threshold": 0.2, "angular_margin": 0.0}):
@@ -198,11 +214,13 @@ def test_of_very_many_classes_some_are_drawn_without_a_list_of_all(monkeypatch):
         torch.tensor([5, 9]),
         torch.zeros(200),
     )
-    generator = rng()
+    generator, state = rng(), torch.get_rng_state()
     for _ in range(1000):
         classes = loss.sample_classes(labels, generator)
         assert len(classes) == 20 and (classes[1:] > classes[:-1]).all() and {5, 9} <= set(classes.tolist())
         count[classes] += 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(*(loss.sample_classes(labels, rng(3)) for _ in range(2)))
     p = 18 / 198
     others = count[[k for k in range(200) if k not in (5, 9)]]
     assert ((others - 1000 * p).abs() < 5 * math.sqrt(1000 * p * (1 - p))).all()
@@ -210,12 +228,14 @@ def test_of_very_many_classes_some_are_drawn_without_a_list_of_all(monkeypatch):
 
 def test_a_part_of_the_features_is_drawn_for_all_rows_alike():
     loss, (z, y) = made(n_features=3, class_rate=0.5), batch()
+    state = torch.get_rng_state()
     features = loss.sample_features(rng(4))
     assert len(features.unique()) == 3
     generator = rng(7)
     classes = loss.sample_classes(y, generator)
     expected = loss(z, y, classes=classes, features=loss.sample_features(generator))
     torch.testing.assert_close(loss(z, y, generator=rng(7)), expected)
+    assert torch.equal(torch.get_rng_state(), state)
     counts = torch.stack([loss.sample_features(rng(seed)) for seed in range(600)]).flatten().bincount()
     assert ((counts - 300).abs() < 5 * math.sqrt(150)).all()
 
@@ -224,16 +244,16 @@ def test_a_part_of_the_features_is_drawn_for_all_rows_alike():
 
 
 def test_clusters_are_those_of_directions_and_the_objective_never_falls():
-    x = randn(300, 5, dtype=torch.float32) * torch.rand(300, 1, generator=rng()).add(0.1)
+    x = randn(300, 5) * torch.rand(300, 1, generator=rng()).add(0.1)
     u = F.normalize(x, dim=1)
     values = []
     for n_iter in range(1, 9):
         labels, centres = cluster_labels(x, 12, n_iter=n_iter, random_state=0)
         values.append(float((u * centres[labels]).sum()))
-    assert all(b >= a - 1e-4 for a, b in zip(values, values[1:], strict=False))
+    assert all(b >= a - 1e-10 for a, b in zip(values, values[1:], strict=False)) and values[-1] > values[0]
     labels, centres = cluster_labels(x, 12, n_iter=200, batch_size=7, random_state=0)
     torch.testing.assert_close(labels, (u @ centres.T).argmax(1))
-    torch.testing.assert_close(centres.norm(dim=1), torch.ones(12))
+    torch.testing.assert_close(centres.norm(dim=1), torch.ones(12, dtype=torch.float64))
     for k in range(12):
         torch.testing.assert_close(centres[k], F.normalize(u[labels == k].sum(0), dim=0))
 
@@ -289,6 +309,20 @@ def test_figures_are_those_of_sorted_galleries(batch_size):
 def test_equal_embeddings_do_not_find_themselves():
     z = torch.ones(4, 2)
     assert float(recall_at_k(z, torch.arange(4))) == 0
+    pairs = torch.tensor([0, 0, 1, 2])
+    assert float(recall_at_k(z, pairs, k=3)) == 0.5  # all others are found, but not the query itself
+    assert float(mean_average_precision_at_r(torch.ones(2, 2), torch.zeros(2, dtype=torch.int64))) == 1
+
+
+def test_figures_of_a_case_by_hand():
+    angles = torch.tensor([0.01, 0.1, 0.3, 0.6, 1.0], dtype=torch.float64)
+    z, y = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([0, 1, 0, 0, 2])
+    # the others, nearest first: of 0: 1 2 3 4, of 1: 0 2 3 4, of 2: 1 0 3 4, of 3: 2 4 1 0, of 4: 3 2 1 0
+    assert float(recall_at_k(z, y)) == pytest.approx(1 / 5)  # of 3 alone
+    assert float(recall_at_k(z, y, k=2)) == pytest.approx(3 / 5)
+    # of 0: (0 + 1/2) / 2; of 2: (0 + 1/2) / 2; of 3: (1 + 0) / 2; the classes of 1 and 4 have nothing else
+    assert float(mean_average_precision_at_r(z, y)) == pytest.approx(1 / 3)
+    assert float(recall_at_k(z[:1], y[:1], k=4, gallery=z[1:], gallery_labels=y[1:])) == 1
 
 
 def test_they_are_metrics(as_a_user):
@@ -327,6 +361,19 @@ Z = torch.eye(2, 4)
         (lambda: ClusterDiscrimination(4, 9)(Z, LABELS, features=torch.tensor([4])), "features must be in 0..3"),
         (lambda: ClusterDiscrimination(4, 9)(Z, LABELS, classes=[0, 1]), "classes must be a tensor"),
         (lambda: ClusterDiscrimination(4, 9)(Z, LABELS, features=torch.eye(2).long()), "features must be a tensor of one axis"),
+        (lambda: ClusterDiscrimination(4, 9)(Z, LABELS, features=torch.tensor([-1])), "features must be in 0..3"),
+        (lambda: ClusterDiscrimination(4, 9)(Z, LABELS, classes=torch.tensor([0, 1, 9])), "classes must be in 0..8"),
+        (lambda: ClusterDiscrimination(4, 9)(Z, torch.tensor([-1, 0])), "labels must be in 0..8"),
+        (lambda: ClusterDiscrimination(4, 9).sample_classes(torch.tensor([9])), "labels must be in 0..8"),
+        (lambda: ClusterDiscrimination(4, 9, filter_threshold=-0.1), "filter_threshold"),
+        (lambda: ClusterDiscrimination(4, 9, scale=-1), "scale"),
+        (lambda: recall_at_k(torch.eye(4), torch.arange(4), k=3, gallery=torch.eye(4)[:2], gallery_labels=LABELS), r"k must be in 1..2"),
+        (lambda: recall_at_k(torch.eye(4), torch.arange(4), gallery=torch.eye(3), gallery_labels=torch.arange(3)), "gallery must have shape"),
+        (lambda: recall_at_k(torch.eye(4)[:0], torch.arange(0)), "query and gallery must have rows"),
+        (lambda: cluster_labels(torch.eye(3), 2, text_features=-torch.eye(3)), "features plus text_features must have a direction"),
+        (lambda: cluster_labels(torch.eye(3), 0), "n_clusters must be in 1..3"),
+        (lambda: cluster_labels(torch.eye(3), 2, n_iter=0), "n_iter"),
+        (lambda: cluster_labels(torch.eye(3), 2, batch_size=0), "batch_size"),
         (lambda: recall_at_k(torch.eye(4), torch.arange(4), k=4), r"k must be in 1..3"),
         (lambda: recall_at_k(torch.eye(4), torch.arange(4), k=0), r"k must be in 1..3"),
         (lambda: recall_at_k(torch.full((4, 2), torch.nan), torch.arange(4)), "query must be finite"),

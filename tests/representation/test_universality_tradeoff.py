@@ -1,6 +1,11 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
@@ -129,6 +134,7 @@ def test_invariance_is_signal_over_signal_and_noise_in_the_mix():
 
 def test_features_that_views_turn_around_get_no_place():
     x1, _ = pairs()
+    x1 = x1 - x1.mean(0)
     x2 = x1 * torch.tensor([1.0, -1, 1, 1, 1], dtype=torch.float64)
     found = linear_contrastive_representation(x1, x2, 5)
     assert found.invariance.min() == 0 and found.weight.isfinite().all()
@@ -143,6 +149,13 @@ def test_a_ridge_serves_singular_views_and_means_are_warned_of(as_a_user):
         linear_contrastive_representation(x - x.mean(0), x - x.mean(0), 2, ridge=1e-3).weight.isfinite().all()
     )
     x1, x2 = pairs()
+    c = torch.cat([x1, x2]).T @ torch.cat([x1, x2]) / (2 * len(x1))
+    c += 0.2 * c.diagonal().mean() * torch.eye(5, dtype=c.dtype)
+    d = (x1.T @ x2 + x2.T @ x1) / (2 * len(x1))
+    found = linear_contrastive_representation(x1, x2, 3, ridge=0.2)
+    expected = torch.linalg.eigvals(torch.linalg.solve(c, d)).real.sort(descending=True).values[:3]
+    torch.testing.assert_close(found.invariance, expected)
+    torch.testing.assert_close(found.weight @ c @ found.weight.T, expected.diag())
     with pytest.warns(UserWarning, match="should be centred"):
         linear_contrastive_representation(x1 + 1, x2 + 1, 2)
 
@@ -182,7 +195,7 @@ def test_fine_tuning_learns_a_copy_and_leaves_the_rest(mode):
     assert np.array_equal(again.losses, found.losses)
 
 
-def test_a_step_is_sgd_on_the_regularised_loss_of_the_first_view(monkeypatch):
+def test_a_step_is_sgd_on_the_regularised_loss_of_the_first_view():
     """One full batch: the loss by hand from the same views, and steps of both rates."""
     net, (x, y) = nn.Linear(6, 4), task(8)
     seen = []
@@ -196,7 +209,7 @@ def test_a_step_is_sgd_on_the_regularised_loss_of_the_first_view(monkeypatch):
             return 2 * z
 
     found = fine_tune(net, x, y, augment=views, n_classes=2, projector=Doubled(), weight=0.7, temperature=0.3,
-                      epochs=2, batch_size=8, lr=0.1, weight_decay=0.0)  # fmt: skip
+                      epochs=2, batch_size=8, lr=0.1, weight_decay=0.05)  # fmt: skip
     assert len(seen) == 4
     w = net.weight.detach().clone().requires_grad_(), net.bias.detach().clone().requires_grad_()
     with torch.random.fork_rng():
@@ -216,10 +229,23 @@ def test_a_step_is_sgd_on_the_regularised_loss_of_the_first_view(monkeypatch):
         rates = [0.1 * (1 + np.cos(np.pi * step / 2)) / 2] * 2 + [0.1] * 2
         with torch.no_grad():
             for p, g, v, rate in zip(params, grads, speed, rates, strict=True):
-                v.mul_(0.9).add_(g)
+                v.mul_(0.9).add_(g + 0.05 * p)
                 p.sub_(rate * v)
     torch.testing.assert_close(found.encoder.weight.detach(), w[0].detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.classifier.weight, classifier.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("linear", 0), ("fine-tune", 1), ("contrastive", 2)])
+def test_each_view_is_a_pass_in_train_mode_and_a_lone_sample_is_left_out(mode, passes):
+    found = fine_tune(encoder(), *task(9), augment=noise, n_classes=2, mode=mode, epochs=3, batch_size=4)
+    assert found.losses.shape == (6,)
+    assert int(found.encoder[1].num_batches_tracked) == 6 * passes
+    assert not found.encoder.training and not found.classifier.training
+
+
+def test_a_loss_that_stops_being_finite_is_said():
+    with pytest.raises(ValueError, match="steps: lower lr, got 1e"):
+        fine_tune(nn.Linear(6, 4), *task(8), augment=noise, n_classes=2, lr=1e30, epochs=20)
 
 
 # The measure.
@@ -243,6 +269,20 @@ def test_probes_are_means_over_draws_and_the_largest_budget_is_universality():
     assert found.label_efficiency[1] > 0.95 and found.label_efficiency[0] < found.label_efficiency[1]
     again = measure_tradeoff(lambda x: torch.from_numpy(x), tasks[0], tasks[1:], n_labels=(2, 10), repeats=4, random_state=0)  # fmt: skip
     assert np.array_equal(again.per_task, found.per_task)
+    other = measure_tradeoff(lambda x: x, tasks[0], tasks[1:], n_labels=(2, 10), repeats=4, random_state=1)
+    assert not np.array_equal(other.per_task, found.per_task)
+
+
+def test_with_all_labels_a_probe_is_logistic_regression_on_standardised_features():
+    tasks = [probes(k, signal=0.7) for k in range(3)]
+    found = measure_tradeoff(lambda x: x, tasks[0], tasks[1:], n_labels=(40,), repeats=1)
+    expected = []
+    for x, y, x_test, y_test in tasks:
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x, y)
+        expected.append(model.score(x_test, y_test))
+    assert max(expected) < 0.95
+    assert found.label_efficiency.tolist() == pytest.approx(expected[:1])
+    assert found.per_task[:, 0].tolist() == pytest.approx(expected[1:])
 
 
 def test_scales_of_features_do_not_matter_and_a_constant_is_worth_a_guess():
@@ -252,13 +292,36 @@ def test_scales_of_features_do_not_matter_and_a_constant_is_worth_a_guess():
     scaled = measure_tradeoff(
         lambda x: 7 * x * np.array([1, 1e6, 1e-6, 3]) + 5, tasks[0], tasks[1:], **options
     )
-    np.testing.assert_allclose(scaled.per_task, plain.per_task, atol=0.03)
+    np.testing.assert_allclose(scaled.per_task, plain.per_task, rtol=1e-12)
+    widened = measure_tradeoff(
+        lambda x: np.concatenate([x, np.full((len(x), 1), 0.1)], 1), tasks[0], tasks[1:], **options
+    )
+    np.testing.assert_allclose(widened.per_task, plain.per_task, rtol=1e-12)
+    turned = measure_tradeoff(lambda x: 3 * x @ -np.eye(4)[[2, 0, 3, 1]], tasks[0], tasks[1:], **options)
+    np.testing.assert_allclose(turned.per_task, plain.per_task, rtol=1e-12)
     nothing = measure_tradeoff(lambda x: np.full((len(x), 3), 0.1), tasks[0], tasks[1:], **options)
     assert nothing.universality == pytest.approx(0.5)
 
 
 X, Y = torch.randn(6, 3), torch.arange(6) % 2
 TASK = probes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["linear", "fine-tune", "contrastive"])
+def test_half_precision_learns_as_float32_does(dtype, mode):
+    x, y = randn(40, 3).float().to(dtype), torch.arange(40) % 2
+    x[:, 0] += 2 * y.to(dtype)
+    torch.manual_seed(0)
+    net = nn.Linear(3, 4).to(dtype)
+    options = {"augment": lambda x, generator: x, "n_classes": 2, "epochs": 20, "mode": mode}
+    ours, plain = (
+        fine_tune(net, x, y, **options),
+        fine_tune(copy.deepcopy(net).float(), x.float(), y, **options),
+    )
+    np.testing.assert_array_equal(ours.losses, plain.losses)
+    assert {p.dtype for m in (ours.encoder, ours.classifier) for p in m.parameters()} == {dtype}
+    assert (ours.predict(x) == plain.predict(x.float())).float().mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -281,6 +344,15 @@ TASK = probes()
         (lambda: fine_tune(nn.Linear(3, 2), X, Y + 1, augment=noise, n_classes=2), "y must be in 0..1"),
         (lambda: fine_tune(nn.Linear(3, 2), X, Y, augment=noise, n_classes=2, lr=0), "lr"),
         (lambda: fine_tune(nn.Linear(3, 2), X[:1], Y[:1], augment=noise, n_classes=2), "x must be a tensor of at least two"),
+        (lambda: fine_tune(nn.Linear(3, 2), X, Y, augment=noise, n_classes=2, epochs=0), "epochs"),
+        (lambda: fine_tune(nn.Linear(3, 2), X, Y, augment=noise, n_classes=2, batch_size=1), "batch_size"),
+        (lambda: fine_tune(nn.Linear(3, 2), X, Y, augment=noise, n_classes=2, weight=-1), "weight"),
+        (lambda: fine_tune(nn.Linear(3, 2), X, Y[:5], augment=noise, n_classes=2), "y must have shape"),
+        (lambda: linear_contrastive_representation(X[:1], X[:1], 1), "x1 must have at least 2 rows"),
+        (lambda: measure_tradeoff(lambda x: x, TASK, [TASK], n_labels=(10, 5)), "n_labels must be ascending"),
+        (lambda: measure_tradeoff(lambda x: x, TASK, [TASK], n_labels=(5,), repeats=0), "repeats"),
+        (lambda: measure_tradeoff(lambda x: x, TASK, [(TASK[0], 0 * TASK[1], *TASK[2:])], n_labels=(5,)), "two classes in training"),
+        (lambda: measure_tradeoff(lambda x: x, TASK, [(TASK[0], TASK[1][:9], *TASK[2:])], n_labels=(5,)), "a label a sample"),
         (lambda: measure_tradeoff(lambda x: x, TASK, []), "tasks must have at least one"),
         (lambda: measure_tradeoff(lambda x: x, TASK, [TASK], n_labels=(5, 41)), "n_labels must be at most the 40 samples"),
         (lambda: measure_tradeoff(lambda x: x, TASK, [TASK], n_labels=()), "n_labels must be ascending"),

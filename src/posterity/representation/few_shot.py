@@ -170,7 +170,7 @@ def evaluate_few_shot(
 
     Notes
     -----
-    Departs from the official code (3 in the record): without ``adapt`` each sample is embedded once for all tasks, in
+    Departs from the official code: without ``adapt`` each sample is embedded once for all tasks, in
     the role of support and of query where a model tells them apart.
 
     Examples

@@ -129,7 +129,7 @@ def _probed(
     train, test = (_features(name, represent(part), len(part)) for part in (x, x_test))
     scale = train.std(0)
     scale = np.where(
-        scale > 1e-12 * np.abs(train).max(initial=1e-300), scale, np.inf
+        scale > 1e-12 * np.abs(train).max(0, initial=1e-300), scale, np.inf
     )  # what is constant says nothing
     train, test = ((part - train.mean(0)) / scale for part in (train, test))
     found = np.zeros(len(budgets))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from posterity._branches import follow, momentum_copy, projection_head
 from posterity._checks import at_least, class_indices, floating, has_shape, integer, one_of, within
 from posterity._models import evaluating
-from posterity._precision import widened
+from posterity._precision import wide, widened
 from posterity._random import draw_device
 from posterity.representation._pairs import joint_views
 from posterity.representation.few_shot import prototype_scores
@@ -364,11 +364,8 @@ class PsCo(nn.Module):
                 f"x2 must have as many images as x1, and queue_size={self.criterion.queue_size} at most, "
                 f"got {len(x1)} and {len(x2)}"
             )
-        for target, source in (
-            (self.target_backbone, self.backbone),
-            (self.target_projector, self.projector),
-        ):
-            follow(target, source, self.momentum)
+        follow(self.target_backbone, self.backbone, self.momentum)
+        follow(self.target_projector, self.projector, self.momentum)
         query = self.predictor(self.projector(self._features(self.backbone, x1)))
         with torch.no_grad():
             key = self.target_projector(self._features(self.target_backbone, x2))
@@ -483,7 +480,8 @@ def adapt_few_shot(
     own = copy.deepcopy(model)
     with evaluating(own), torch.no_grad():
         features = own._features(own.backbone, support.clone() if support.is_inference() else support)
-    heads = [own.projector.train(), own.predictor.train()]
+    given, features = features.dtype, wide(features)  # small steps would be lost in half precision
+    heads = [part.to(features.dtype).train() for part in (own.projector, own.predictor)]
     trained = [p.requires_grad_() for part in heads for p in part.parameters()]
     opt = torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay)
     alike = labels[:, None] == labels
@@ -495,4 +493,6 @@ def adapt_few_shot(
         opt.zero_grad()
         value.backward()
         opt.step()
+    for part in heads:
+        part.to(given)
     return own.eval()

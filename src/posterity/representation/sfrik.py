@@ -161,7 +161,7 @@ def mmd_to_uniform(
     Returns
     -------
     Tensor of shape ()
-        At least 0; ``sum(weights) / n`` is what n independent uniform directions have on average, and
+        At least 0 where no row is 0; ``sum(weights) / n`` is what n independent uniform directions have on average, and
         ``sum(weights)`` what equal ones have.
 
     Raises

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from posterity._branches import projection_head
 from posterity._checks import at_least, class_indices, finite, floating, has_shape, integer, one_of
 from posterity._models import evaluating
-from posterity._precision import widened
+from posterity._precision import NARROW, widened
 from posterity.representation._pairs import joint_views
 
 __all__ = [
@@ -299,7 +299,7 @@ def fine_tune(
     Returns
     -------
     FineTuned
-        Copies of encoder and classifier, and the losses.
+        Copies of encoder and classifier, in the dtype of ``x``, and the losses. Half precision learns in float32.
 
     Raises
     ------
@@ -335,15 +335,20 @@ def fine_tune(
     class_indices("y", y, len(x), n_classes)
     x, y = (part.clone() if part.is_inference() else part for part in (x, y.long()))
     net, draws = copy.deepcopy(encoder), torch.Generator().manual_seed(integer("seed", seed))
+    given = x.dtype
+    if given in NARROW:  # in which small steps would be lost
+        net, x = net.float(), x.float()
     with evaluating(net), torch.no_grad():
         dim = net(x[:2]).flatten(1).shape[1]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         classifier = nn.Linear(dim, n_classes).to(x.device)
         head = projection_head((dim, dim, dim)) if projector is None else copy.deepcopy(projector)
-        head = head.to(x.device)
+        head = (head.float() if given in NARROW else head).to(x.device)
         losses = _descend(net, head, classifier, x, y, augment, mode, regularizer, epochs, batch_size, lr,
                           weight_decay, draws)  # fmt: skip
+    if given in NARROW:
+        net, classifier = net.to(given), classifier.to(given)
     return FineTuned(net.eval(), classifier.eval(), losses)
 
 
