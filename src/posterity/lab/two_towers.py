@@ -137,6 +137,7 @@ def two_towers(model: str, seed: int, *, steps: int = 600) -> TwoTowers:
 
 
 @cache
+@torch.enable_grad()  # whoever asks first
 def _tiny(seed: int, steps: int) -> TwoTowers:
     model, tokenizer = _untrained(seed)
     draws = torch.Generator().manual_seed(seed)

@@ -121,6 +121,7 @@ class Towers:
             floating("image_features", image_features)
             has_shape("image_features", image_features, (None, text.shape[1]), "text features of that width")
             features = _unit(image_features.to(text.device))
+        features = features.to(text.dtype)
         with torch.autocast(text.device.type, enabled=False):
             return wide(self.model.logit_scale.detach()).exp() * features @ text.T
 
@@ -160,7 +161,9 @@ class Towers:
                 short = self.text(cut, self.words[cut.ids])
             except (RuntimeError, ValueError):  # a tower of one length
                 return False
-        return torch.allclose(whole, short, atol=4 * torch.finfo(self.words.dtype).eps ** 0.75)
+        return whole.shape == short.shape and torch.allclose(
+            whole, short, atol=4 * torch.finfo(self.words.dtype).eps ** 0.75
+        )
 
 
 def different_names(name: str, names: Any) -> list[str]:
