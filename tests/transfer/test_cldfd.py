@@ -372,6 +372,7 @@ BAD = [
     (lambda: CrossLevelLearner(nn.Flatten(), Blocks(), [3, 4], n_features=4, total_steps=3)(*views()),
      "student must return a list of maps and features, got Tensor"),
     (lambda: CrossLevelLearner(None, Blocks(), [3, 4], n_features=4, total_steps=3), "student must be an nn.Module"),
+    (lambda: CrossLevelLearner(Blocks(), Blocks(), [3], n_features=4, total_steps=3), "channels must be of at least 2 blocks"),
     (lambda: denoise_features(X, top=0), "top must be an integer of at least 1"),
     (lambda: denoise_features(X, power=0.0), "power must be greater than 0"),
     (lambda: denoise_features(X / 0), "features must be numbers, got NaN"),

@@ -124,6 +124,19 @@ def test_a_group_that_a_batch_lacks_keeps_its_weight_and_adds_nothing(update):
     assert float(loss(each[:0], torch.tensor([], dtype=torch.long))) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_groups_may_be_integers_of_any_width(dtype):
+    groups, each = torch.tensor([3, 0, 1, 1, 2]), losses(5)
+    loss = TopologyAwareDRO(PRIOR).eval()
+    torch.testing.assert_close(loss(each, groups.to(dtype)), loss(each, groups))
+    x = torch.randn(5, 2, generator=generator())
+    found = [
+        group_distances(x, some, n_projections=3, generator=generator())
+        for some in (groups, groups.to(dtype))
+    ]
+    assert torch.equal(*found)
+
+
 def test_weights_follow_only_in_training_and_come_back():
     loss = TopologyAwareDRO(PRIOR)
     loss.eval()(losses(4))

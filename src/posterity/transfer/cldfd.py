@@ -226,6 +226,8 @@ class CrossLevelLearner(nn.Module):
         self.temperature = at_least("temperature", temperature, 0, strict=True)
         self.old_view = one_of("old_view", old_view, ("same", "third"))
         integer("projection_dim", projection_dim, 1)
+        if len(_sizes("channels", channels)) < 2:
+            raise ValueError(f"channels must be of at least 2 blocks, got {list(channels)}")
         self.distillation = CrossLevelDistillation(channels, stride=stride)
         self.head = nn.Sequential(
             nn.Linear(n_features, n_features), nn.ReLU(), nn.Linear(n_features, projection_dim)

@@ -162,7 +162,7 @@ def group_distances(
     integer("max_scale", max_scale, 1)
     at_least("alpha", alpha, 0)
     integer("n_neighbors", n_neighbors, 1)
-    x = wide(features.detach())
+    x, groups = wide(features.detach()), groups.long()
     if method == "sliced":
         found = _sliced(x, groups, n_groups, n_projections, generator)
     elif method == "diffusion":

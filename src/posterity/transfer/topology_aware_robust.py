@@ -102,7 +102,7 @@ class TopologyAwareDRO(nn.Module):
             has_shape("losses", losses, (n,), "mean losses of the groups of prior")
         else:
             has_shape("losses", losses, (None,), "losses of samples with their groups")
-            class_indices("groups", groups, len(losses), n)
+            groups = class_indices("groups", groups, len(losses), n).long()
         if losses.device.type == "cpu" and not bool(torch.isfinite(losses).all()):
             raise ValueError("losses must be finite, got NaN or infinity")
         with torch.autocast(losses.device.type, enabled=False):
