@@ -132,6 +132,8 @@ def test_contrast_is_the_sum_over_rows():
     lengths = torch.rand(4, 1, generator=generator(), dtype=torch.float64) * 10 + 0.1
     torch.testing.assert_close(nt_xent(lengths * z1, z2), nt_xent(z1, z2))
     assert float(nt_xent(z1[:1], z2[:1])) == 0
+    for scale in (1e-30, 1e30):
+        torch.testing.assert_close(nt_xent(scale * z1.float(), z2.float()), nt_xent(z1.float(), z2.float()))
 
 
 # The learner

@@ -364,7 +364,9 @@ def nt_xent(
     z1, z2 = all_rows(z1, z2)
     if not z1.numel():
         raise ValueError(f"z1 must hold vectors, got shape {tuple(z1.shape)}")
-    both = F.normalize(torch.cat([z1, z2]), dim=1)
+    both = torch.cat([z1, z2])
+    largest = both.detach().abs().amax(1, keepdim=True)  # without it squares of large numbers overflow
+    both = F.normalize(both / torch.where(largest > 0, largest, 1), dim=1)
     scores = (both @ both.T / temperature).fill_diagonal_(-torch.inf)
     partner = torch.arange(len(both), device=both.device).roll(len(z1))
     return F.cross_entropy(scores, partner)
