@@ -173,6 +173,15 @@ def test_norms_by_hand(p, norms):
     assert prompt_norm(context, 4 * weights, p=p).item() == pytest.approx(4 * 0.5 * norms[0] / 2)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_norms_whose_squares_overflow_or_vanish_are_right(scale):
+    context = torch.tensor([[3.0, 4.0], [0.0, 0.0]]).mul(scale).requires_grad_()
+    value = prompt_norm(context)
+    assert value.item() == pytest.approx(2.5 * scale, rel=1e-6)
+    value.backward()
+    torch.testing.assert_close(context.grad, torch.tensor([[0.3, 0.4], [0.0, 0.0]]))
+
+
 def test_the_gradient_of_the_norm_is_the_direction_and_nothing_at_zero():
     context = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
     prompt_norm(context, torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64)).backward()
@@ -321,6 +330,7 @@ BAD = [
     (lambda: prompts()(image_features=FEATURES.long()), "image_features must be a floating-point tensor"),
     (lambda: prompts().encode(torch.zeros(2, 6)), r"context must have shape \(3, 6\)"),
     (lambda: prompt_norm(torch.zeros(3)), "context must have shape"),
+    (lambda: prompt_norm(torch.zeros(3, 0)), "context must hold vectors"),
     (lambda: prompt_norm(torch.zeros(3, 2), torch.ones(2)), r"weights must have shape \(3\)"),
     (lambda: prompt_norm(torch.zeros(3, 2), p=3.0), "p must be 1, 2 or inf, got 3.0"),
     (lambda: NemesisLoss(alpha=-1.0), "alpha must be at least 0"),

@@ -65,6 +65,14 @@ def test_logits_of_clip_are_its_own(tiny):
     torch.testing.assert_close(towers.logits(text, None, 3 * towers.image(pixels)), own, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_features_of_any_length_count_by_their_direction(scale):
+    towers = Towers(Plain(), tokenize)
+    text, features = torch.eye(5), torch.randn(3, 5)
+    found = towers.logits(text, None, scale * features)
+    torch.testing.assert_close(found, towers.logits(text, None, features))
+
+
 @pytest.mark.parametrize("both_ways", [False, True])
 def test_padding_is_cut_only_where_it_changes_nothing(both_ways):
     towers = Towers(Plain(both_ways), tokenize)

@@ -201,4 +201,9 @@ def _held(model: nn.Module) -> Iterator[None]:
 
 def _unit(output: Any) -> Tensor:
     """Return features of unit norm; newer versions of transformers wrap the projected ones."""
-    return F.normalize(wide(output if isinstance(output, Tensor) else output.pooler_output), dim=1)
+    features = wide(output if isinstance(output, Tensor) else output.pooler_output)
+    largest = features.detach().abs().amax(1, keepdim=True)
+    # squares of large numbers overflow; a power of two rounds nothing
+    return F.normalize(
+        features / torch.exp2(torch.frexp(largest).exponent.to(features).clamp(-120, 120)), dim=1
+    )

@@ -165,7 +165,13 @@ def prompt_norm(
     p = _order(p)
     if floating("context", context).ndim < 2:
         raise ValueError(f"context must have shape (M, w) or (C, M, w), got {tuple(context.shape)}")
-    norms = torch.linalg.vector_norm(context, ord=p, dim=-1) if context.shape[-1] else context.sum(-1)
+    if not context.numel():
+        raise ValueError(f"context must hold vectors, got shape {tuple(context.shape)}")
+    largest = context.detach().abs().amax(-1, keepdim=True)
+    unit = torch.exp2(
+        torch.frexp(largest).exponent.to(context).clamp(-120, 120)
+    )  # squares overflow, a power of two rounds nothing
+    norms = torch.linalg.vector_norm(context / unit, ord=p, dim=-1) * unit[..., 0]
     if weights is None:
         weights = context.new_ones(context.shape[-2])
     has_shape("weights", floating("weights", weights), (context.shape[-2],), "a weight a position of context")
