@@ -20,10 +20,10 @@ def tokenize(texts: list[str]) -> torch.Tensor:
     return torch.tensor([row + [0] * (77 - len(row)) for row in rows])
 
 
-def learner(cut: bool = True) -> PromptLearner:
-    """Return prompts of ten classes for a text tower of two layers of 64, the texts cut or padded to 77."""
+def learner(cut: bool = True, layers: int = 2, width: int = 64) -> PromptLearner:
+    """Return prompts of ten classes for a text tower of so many layers, the texts cut or padded to 77."""
     torch.manual_seed(0)
-    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    text = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 2,
             "vocab_size": 100, "max_position_embeddings": 77, "bos_token_id": 98, "eos_token_id": 99}  # fmt: skip
     image = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
              "image_size": 16, "patch_size": 8}  # fmt: skip
@@ -32,7 +32,7 @@ def learner(cut: bool = True) -> PromptLearner:
     if not cut:
         prompts._towers.may_cut = False
         prompts._texts, slots = prompts._placed(16, "end", "X", prompts._towers.word_ids("X"))
-        prompts._slots = slots[:, :, None].expand(-1, -1, 64)
+        prompts._slots = slots[:, :, None].expand(-1, -1, width)
     return prompts
 
 
@@ -50,11 +50,14 @@ def main() -> None:
     prompts, padded = learner(), learner(cut=False)
     features, y = torch.randn(32, 64), torch.arange(32) % 10
     uniform, aware = NemesisLoss(beta=1.0), NemesisLoss(beta=0.0, n_positions=1)
-    race("step with the uniform penalty, against plain prompts", lambda: step(prompts, uniform, features, y),
-         lambda: step(prompts, None, features, y), target=1 / 1.02, rounds=30)  # fmt: skip
-    race("step with the position-aware penalty, one position, against plain prompts",
-         lambda: step(prompts, aware, features, y), lambda: step(prompts, None, features, y),
-         target=1 / 1.6, rounds=30)  # fmt: skip
+    for layers, width in ((2, 64), (4, 256)):
+        size, each = f"text of {layers} layers of {width}", learner(layers=layers, width=width)
+        race(f"step with the uniform penalty, {size}, against plain prompts",
+             lambda each=each: step(each, uniform, features, y),
+             lambda each=each: step(each, None, features, y), target=1 / 1.02, rounds=50)  # fmt: skip
+        race(f"step with the position-aware penalty, one position, {size}, against plain prompts",
+             lambda each=each: step(each, aware, features, y),
+             lambda each=each: step(each, None, features, y), target=1 / 1.6, rounds=50)  # fmt: skip
     race("step with prompts cut behind the end, against 77 tokens", lambda: step(prompts, None, features, y),
          lambda: step(padded, None, features, y), target=2.0, rounds=20)  # fmt: skip
 

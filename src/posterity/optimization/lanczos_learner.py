@@ -94,7 +94,7 @@ class LanczosLearner(LRScheduler):
     >>> model, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
     >>> loss_fn = lambda model, x: model(x).square().sum() / 2  # curvatures 1 and 9
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    >>> learner = LanczosLearner(optimizer, model, loss_fn)
+    >>> learner = LanczosLearner(optimizer, model, loss_fn, generator=torch.Generator().manual_seed(0))
     >>> loss_fn(model, x).backward()
     >>> optimizer.step()
     >>> learner.observe((x,))

@@ -22,10 +22,10 @@ from posterity.lab.training import fit
 from posterity.transfer import ContinualPretrainer, mask_tokens
 
 ARMS = ("naive", "das without contrast", "das")
-RATES = (5e-4, 1e-3)
+RATES = (2.5e-4, 1e-3)
 PAD, OTHER, MASK = 0, 1, 2  # tokens that are no words of the vocabulary
 GENERAL_BATCH, BATCH, WIDTH, HEADS, LAYERS = 16, 8, 64, 4, 2
-SHARES = (0.7, 0.1, 0.1)  # to learn from, to choose the rate by, to test; the rest is general
+SHARES = (0.4, 0.1, 0.1)  # to learn from, to choose the rate by, to test; the rest is general
 
 Length = Annotated[int, Between(8, 512)]
 
@@ -157,6 +157,8 @@ def _run(arm: str, start: Mapping[str, Tensor], corpora: list[Corpus], asked: An
     trial, steps, vocabulary, length = s
     net = _Model(vocabulary, length)
     net.load_state_dict(start)
+    net.words.requires_grad_(False)  # no mask holds them
+    net.places.requires_grad_(False)
     trainer = ContinualPretrainer(
         net, mask_token_id=MASK, lr=lr, kinds=() if arm == "naive" else ("heads", "intermediate", "output"),
         contrast=float(arm == "das"), importance_batches=20, device=trial.device,
@@ -177,7 +179,7 @@ def _run(arm: str, start: Mapping[str, Tensor], corpora: list[Corpus], asked: An
 
 
 def _pretrained(trial: Trial, corpora: list[Corpus], vocabulary: int, length: int, steps: int) -> Any:
-    """Return the weights of a model of general text: a tenth of each domain."""
+    """Return the weights of a model of general text: four tenths of each domain."""
     with seeded(trial.seed):
         net = _Model(vocabulary, length)
     rows = torch.cat([corpus.general for corpus in corpora])
@@ -215,14 +217,14 @@ def _study(
     arms=("naive", "das without contrast", "das"),
     metric="forgetting: rise of the loss on earlier domains, nats a hidden token",
     better="lower",
-    reason="At the lower rate, which every arm prefers, little is forgotten, and the contrast moves what no mask holds.",
+    seeds=10,
     smallest={"steps": 2, "pretraining": 4, "length": 8, "vocabulary": 60, "size": 6_000},
     check=_fits,
 )
 def keeps_domains(
     trial: Trial,
     corpora: str = "",
-    steps: Count = 50,
+    steps: Count = 80,
     pretraining: Count = 300,
     length: Length = 32,
     vocabulary: Annotated[int, Between(10)] = 1_000,
@@ -232,11 +234,12 @@ def keeps_domains(
 
     Domains are the documentation of numpy, torch, scipy and Python's standard library, in random order, or
     ``corpora``: a folder of texts, or files with commas between, one a domain, of which ``size`` characters are read.
-    The model has two layers of 64 and begins with what it learned from a tenth of each domain. The arms share it,
-    the batches of eight rows and the steps, and each has the one of two rates (0.0005 and 0.001) with the lower mean
-    final loss on held-out rows. Soft masks also slow learning, for which the mean final loss and that on the last
-    domain are recorded. At the lower rate little is forgotten by any arm, and what the contrast does to embeddings, which
-    have no mask, can cost more than the masks save.
+    The model has two layers of 64 and begins with what it learned from four tenths of each domain; then its word
+    vectors, which no mask holds, stay as they are. The arms share it, the batches of eight rows and the steps, and each
+    has the one of two rates (0.00025 and 0.001) with the lower mean final loss on held-out rows. Soft masks also slow
+    learning, for which the mean final loss and that on the last domain are recorded: plain training often prefers the
+    lower rate and forgets little at it, masks the higher. Where word vectors are trained too, plain training at a
+    lower rate does as well as masks.
     """
     found = _study(trial, corpora, steps, pretraining, length, vocabulary, size)
     return {arm: -kept(-after).backward for arm, (after, _) in found.items()}
@@ -249,14 +252,14 @@ def keeps_domains(
     arms=("naive", "das without contrast", "das"),
     metric="loss on the mixture of all domains at the end, nats a hidden token",
     better="lower",
-    reason="At the lower rate, which every arm prefers, little is forgotten, and the contrast moves what no mask holds.",
+    reason="Masks alone lower it in every seed; the contrast, in so few steps, costs about as much.",
     smallest={"steps": 2, "pretraining": 4, "length": 8, "vocabulary": 60, "size": 6_000},
     check=_fits,
 )
 def keeps_general(
     trial: Trial,
     corpora: str = "",
-    steps: Count = 50,
+    steps: Count = 80,
     pretraining: Count = 300,
     length: Length = 32,
     vocabulary: Annotated[int, Between(10)] = 1_000,
