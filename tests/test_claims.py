@@ -97,10 +97,12 @@ def test_a_trend_has_its_range_the_right_way_round():
     assert declare(trend, low=0, high=1)(lambda trial: 0).range == (0, 1)
 
 
-def test_a_trial_keeps_curves_and_records():
+def test_a_trial_keeps_curves_records_and_pictures():
     trial = Trial(0)
     trial.track("loss", 1, 0.5)
     trial.track("loss", 2, 0.25)
     trial.record("accuracy", 0.9)
     assert trial.curves == {"loss": [(1.0, 0.5), (2.0, 0.25)]}
     assert trial.records == {"accuracy": 0.9}
+    trial.picture("method", ("png", "a picture"))
+    assert trial.pictures == {"method": ("png", "a picture")}

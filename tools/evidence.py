@@ -56,7 +56,7 @@ def current(path, plans):
 
 def judged_again(row, plan):
     """Return a row as its values in six digits give it, the same however often it is judged."""
-    aside = {name: row[name] for name in ("seconds", "records", "curves")}
+    aside = {name: row[name] for name in ("seconds", "records", "curves", "pictures") if name in row}
     return {**judge(plan.paper.slug, plan.outline, outcomes_of(row, plan.jobs)), **aside}
 
 
@@ -100,6 +100,8 @@ def main() -> None:
                 if (values := [outcome.records[name] for outcome in good if name in outcome.records])
             }
             row["curves"] = {name: thin(curve) for name, curve in good[0].curves.items()} if good else {}
+            if good and good[0].pictures:
+                row["pictures"] = dict(good[0].pictures)
             claims.append(row if "errors" in row else judged_again(rounded(row), plan))
             print(f"{paper.slug} {row['claim']}: {row['verdict']}, {row['seconds']:.0f} s")
         facts = {

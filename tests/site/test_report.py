@@ -2,14 +2,17 @@
 
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
 from posterity.engine.discovery import claim_outlines
 from posterity.engine.store import Job, Outcome
+from posterity.lab.pictures import grid
 from posterity.papers import papers
 from posterity.site.figures import curves, dots, ranking, small
 from posterity.site.report import write_report
 
+SHEET = grid(np.eye(4)[None])
 IMPLEMENTED = [paper for paper in papers().values() if paper.implemented and paper.claims_file]
 
 
@@ -31,7 +34,9 @@ def trials(n=5):
                     "error, b": [[0, 1.0], [1, 2.0]],
                     "alone, by size": [[0, 1.0], [1, 2.0]],
                 }
-                group.append((job, Outcome(value, track, {"accuracy": 0.9}, 1.5)))
+                group.append(
+                    (job, Outcome(value, track, {"accuracy": 0.9}, 1.5, pictures={"a & b": list(SHEET)}))
+                )
             if not groups:
                 group[0] = (group[0][0], Outcome(error="ValueError: <script>alert(1)</script>"))
             groups.append(group)
@@ -53,7 +58,8 @@ def test_pages_hold_what_they_promise_and_ask_for_nothing_outside(report):
             assert part in page
         assert page.count("What the trials tracked, error: thin lines") == len(claim_outlines(paper))
         assert "<script>alert" not in page
-        assert 'src="' not in page
+        assert page.replace('src="data:image/png;base64,', "").count('src="') == 0
+        assert page.count("a &amp; b, seed 1: 1 image of 4 x 4 pixels") == len(claim_outlines(paper))
         assert "<link" not in page.replace('<link rel="icon" href="data:,">', "")
     index = report.read_text()
     assert all(f'papers/{paper.slug}.html"' in index for paper in IMPLEMENTED)

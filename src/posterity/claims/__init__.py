@@ -87,12 +87,15 @@ class Trial:
         What ``track`` kept: ``{curve: [(x, y), ...]}``, drawn in the report.
     records : dict
         What ``record`` kept: figures to report beside the metric.
+    pictures : dict
+        What ``picture`` kept: ``{name: (PNG in base64, what is seen)}``.
     """
 
     seed: int
     device: str = "cpu"
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     records: dict[str, float] = field(default_factory=dict)
+    pictures: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def track(self, curve: str, x: float, y: float) -> None:
         """Add a point to a curve (a loss over steps, an error over sizes)."""
@@ -101,6 +104,10 @@ class Trial:
     def record(self, name: str, value: float) -> None:
         """Keep a figure that is reported but not judged."""
         self.records[name] = float(value)
+
+    def picture(self, name: str, picture: tuple[str, str]) -> None:
+        """Keep a picture of samples, as ``posterity.lab.pictures.grid`` makes it, by the arm's name."""
+        self.pictures[name] = picture
 
 
 @dataclass(frozen=True)

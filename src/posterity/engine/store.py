@@ -70,8 +70,8 @@ class Outcome:
     ----------
     value : float or dict, optional
         What the claim returned.
-    curves, records : dict
-        What the trial tracked and recorded.
+    curves, records, pictures : dict
+        What the trial tracked, recorded and pictured.
     seconds : float
     error : str
         Why there is no value; empty if there is.
@@ -85,6 +85,7 @@ class Outcome:
     seconds: float = 0.0
     error: str = ""
     ended: str = ""
+    pictures: dict[str, list[str]] = field(default_factory=dict)
 
 
 PATIENCE = 60  # seconds to wait for other processes

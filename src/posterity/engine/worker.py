@@ -39,7 +39,8 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
         error = f"{type(failure).__name__}: {failure} ({where.filename}:{where.lineno})"
     seconds = time.perf_counter() - start
     return {
-        "value": value, "curves": trial.curves, "records": trial.records, "seconds": seconds, "error": error,
+        "value": value, "curves": trial.curves, "records": trial.records, "pictures": trial.pictures,
+        "seconds": seconds, "error": error,
     }  # fmt: skip
 
 

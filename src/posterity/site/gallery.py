@@ -50,9 +50,11 @@ def write_site(out: Path) -> Path:
 
 
 def _claim(paper: Paper, outline: Any, row: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what a page shows of a claim and its evidence, which keeps the curves of one seed."""
-    curves = {name: [curve] for name, curve in (row or {}).get("curves", {}).items()}
-    return claim_view(paper, outline, row, curves, (row or {}).get("records", {}))
+    """Return what a page shows of a claim and its evidence, which keeps curves and pictures of one seed."""
+    stored = row or {}
+    curves = {name: [curve] for name, curve in stored.get("curves", {}).items()}
+    pictures = {name: {stored["seeds"][0]: found} for name, found in stored.get("pictures", {}).items()}
+    return claim_view(paper, outline, row, curves, stored.get("records", {}), pictures)
 
 
 def _made_with(stored: dict[str, Any]) -> list[str]:

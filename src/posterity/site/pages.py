@@ -24,6 +24,7 @@ __all__ = ["card", "claim_view", "environment", "write_gallery", "write_paper"]
 
 VERDICTS = {"holds": "hold", "inconclusive": "inconclusive", "fails": "fail", "error": "with an error"}
 Curves = Mapping[str, Sequence[Sequence[Sequence[float]]]]
+Pictures = Mapping[str, Mapping[int, Sequence[str]]]
 
 
 def environment(links: Iterable[tuple[str, str]]) -> Environment:
@@ -59,6 +60,7 @@ def claim_view(
     row: dict[str, Any] | None,
     curves: Curves,
     records: Mapping[str, float],
+    pictures: Pictures,
 ) -> dict[str, Any]:
     """Return what a page shows of one claim at one setting.
 
@@ -72,6 +74,8 @@ def claim_view(
         What the trials tracked: a curve a seed.
     records : mapping of str to float
         What they recorded, the mean over seeds.
+    pictures : mapping of str to mapping of int
+        What they pictured: by name and seed, a PNG file in base64 and what is seen on it.
 
     Returns
     -------
@@ -100,7 +104,7 @@ def claim_view(
         **view, "lines": lines, "caption": caption, "settling": settling(row),
         "reason": "" if row["verdict"] == "holds" else facts.get("reason", ""), "errors": row.get("errors", {}),
         "figure": Markup(figures.dots(row, facts.get("figure"))), "records": list(records.items()),
-        "charts": _charts(row, curves), "settings": _settings(row["params"], outline.defaults),
+        "charts": _charts(row, curves), "pictures": _pictures(pictures), "settings": _settings(row["params"], outline.defaults),
     }  # fmt: skip
 
 
@@ -111,6 +115,17 @@ def _settings(params: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[st
     }
     texts = {name: ",".join(map(str, v)) if isinstance(v, list) else str(v) for name, v in found.items()}
     return [f"{name}={text}" for name, text in texts.items() if name != "target"]
+
+
+def _pictures(pictures: Pictures) -> list[tuple[str, str, str]]:
+    """Return caption, file and text of each picture, seed by seed, so that arms stand below each other."""
+    seeds = sorted({seed for found in pictures.values() for seed in found})
+    return [
+        (f"{name}, seed {seed}", found[seed][0], f"{name}, seed {seed}: {found[seed][1]}")
+        for seed in seeds
+        for name, found in pictures.items()
+        if seed in found
+    ]
 
 
 def _charts(row: dict[str, Any], curves: Curves) -> list[tuple[str, Markup]]:

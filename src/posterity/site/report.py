@@ -61,7 +61,12 @@ def _claim(group: Group) -> dict[str, Any]:
         values = [outcome.records[name] for outcome in good if name in outcome.records]
         records[name] = sum(values) / len(values)
     curves = {name: [outcome.curves.get(name, []) for outcome in good] for name in tracked}
-    return claim_view(papers()[job.paper], outline, judge(job.paper, outline, group), curves, records)
+    pictures: dict[str, dict[int, list[str]]] = {}
+    for each, outcome in group:
+        for name, picture in outcome.pictures.items():
+            pictures.setdefault(name, {})[each.seed] = picture
+    row = judge(job.paper, outline, group)
+    return claim_view(papers()[job.paper], outline, row, curves, records, pictures)
 
 
 def _add_sweeps(groups: list[Group], claims: list[dict[str, Any]]) -> None:
