@@ -95,6 +95,11 @@ BROKEN = {
         "no whole numbers": ({"x": np.zeros((60, 8, 8))}, "must be uint8"),
         "no pixels": ({"x": np.zeros((60, 0, 8), np.uint8)}, "must be uint8 of shape"),
     },
+    "samples": {
+        "a single image": ({"x": np.zeros((1, 8, 8), np.uint8)}, "at least 10 samples"),
+        "one image": ({"x": np.zeros((60, 8, 8), np.uint8)}, "all samples are the same"),
+        "text": (pd.DataFrame({"x": range(40), "y": list("ab") * 20}), "column 'y' is not"),
+    },
     "labelled": {
         "a single row": (features(1), "at least 10 inputs"),
         "one class": (features(y=np.zeros(60, int)), "at least 2 classes of 5 inputs"),
@@ -161,6 +166,7 @@ LEAST = {
     "table": table(12, target=list("yn") * 6, town=list("uuvv") * 3),
     "images": images(12, y=np.arange(12) % 2),
     "pictures": {"x": rng.integers(0, 256, (12, 5, 7)).astype(np.uint8)},
+    "samples": {"x": rng.integers(0, 256, (60, 5, 7)).astype(np.uint8)},
     "labelled": features(12, y=np.arange(12) % 2),
     "clients": images(12, y=np.arange(12) % 2, client=np.arange(12) % 3),
     "points": pd.DataFrame(rng.normal(size=(12, 2)), columns=["x", "y"]),

@@ -7,12 +7,12 @@ import pytest
 
 from posterity.engine.discovery import claim_outlines
 from posterity.engine.store import Job, Outcome
-from posterity.lab.pictures import grid
+from posterity.lab.contact_sheet import contact_sheet
 from posterity.papers import papers
 from posterity.site.figures import curves, dots, ranking, small
 from posterity.site.report import write_report
 
-SHEET = grid(np.eye(4)[None])
+SHEET = contact_sheet(np.eye(4)[None])
 IMPLEMENTED = [paper for paper in papers().values() if paper.implemented and paper.claims_file]
 
 

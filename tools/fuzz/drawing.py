@@ -198,7 +198,7 @@ class Drawing:
         if kind is torch.optim.Optimizer:
             return torch.optim.SGD(self.cast(Net(self.size)).parameters(), lr=0.1)
         if is_result(kind):
-            makers = [f for f in self.others if inspect.isfunction(f) and _returns(f) is kind]
+            makers = [f for f in self.others if inspect.isfunction(f) and _makes(f, kind)]
             if not makers:
                 raise Undrawable(kind)
             return makers[0](**self.arguments(makers[0], depth=depth + 1))
@@ -359,5 +359,7 @@ def _shares(net, names):
     return len(set(inspect.signature(net.forward).parameters) & set(names) - {"self"}) >= 2
 
 
-def _returns(function):
-    return inspect.signature(function).return_annotation
+def _makes(function, kind):
+    """Return whether a function returns a class that it does not need one of."""
+    said = inspect.signature(function)
+    return said.return_annotation is kind and all(p.annotation is not kind for p in said.parameters.values())

@@ -106,7 +106,7 @@ class Trial:
         self.records[name] = float(value)
 
     def picture(self, name: str, picture: tuple[str, str]) -> None:
-        """Keep a picture of samples, as ``posterity.lab.pictures.grid`` makes it, by the arm's name."""
+        """Keep a picture of samples, as ``posterity.lab.contact_sheet`` makes it, by the arm's name."""
         self.pictures[name] = picture
 
 

@@ -6,23 +6,21 @@ paths; Heun's calls it twice and errs by O(h^2); those of Dormand and Prince (RK
 long as the tolerances allow.
 """
 
-from collections.abc import Callable, Mapping
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from posterity._checks import at_least, has_shape, integer, one_of, within
+from posterity._checks import at_least, integer, one_of, within
 from posterity._precision import NARROW, wide
+from posterity.generative._network import steps
 
 __all__ = ["Trajectory"]
 
 DIVERGES = "the field must stay finite along its paths for method 'rk45': its steps vanish where it blows up or is NaN"
 
 Method = Literal["euler", "heun", "rk45"]
-Net = Callable[..., Tensor]
-Cond = Mapping[str, Tensor] | None
 Field = Callable[[Tensor, Tensor], Tensor]  # (time of no dimension, state) -> slope
 
 
@@ -45,18 +43,6 @@ class Trajectory(NamedTuple):
     times: Tensor
     path: Tensor | None
     n_evals: int
-
-
-def _check_cond(cond: Cond, n: int) -> None:
-    for name, value in (cond or {}).items():
-        if value.shape[:1] != (n,):
-            raise ValueError(f"cond[{name!r}] must have first dimension {n}, got {tuple(value.shape)}")
-
-
-def _call(net: Net, x: Tensor, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
-    """Return what a network of this dtype says, in the dtype of x."""
-    _check_cond(cond, len(x))
-    return has_shape("net(x, t)", net(x.to(dtype), t.to(dtype), **(cond or {})), x.shape, "x").to(x.dtype)
 
 
 def _solve(
@@ -84,10 +70,10 @@ def _solve(
         grid = torch.arange(n_steps + 1, dtype=torch.float64, device=y.device)
         times = (t0 + (t1 - t0) * (grid / n_steps)).to(y.dtype)
         h, states = (t1 - t0) / n_steps, [y]
-        for now, then in pairwise(times):
-            slope = field(now, y)
+        for k in steps(n_steps):
+            slope = field(times[k], y)
             if method == "heun":
-                slope = (slope + field(then, torch.add(y, slope, alpha=h))) / 2
+                slope = (slope + field(times[k + 1], torch.add(y, slope, alpha=h))) / 2
             y = torch.add(y, slope, alpha=h)
             if not keep:
                 states.clear()

@@ -22,17 +22,27 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from posterity._checks import finite, floating, has_shape, integer, one_of
 from posterity._precision import wide
-from posterity._random import draw_device
-from posterity.generative.flow_ode import Cond, Method, Net, Trajectory, _call, _check_cond, _solve
+from posterity.generative._network import (
+    Cond,
+    Net,
+    Samples,
+    call,
+    check_cond,
+    check_times,
+    home,
+    normal,
+    starts,
+    uniform,
+)
+from posterity.generative.flow_ode import Method, Trajectory, _solve
 
 __all__ = ["RectifiedFlow"]
 
-Samples = Float[Tensor, " n *shape"]
 Scalar = Float[Tensor, ""]
 
 
@@ -117,7 +127,7 @@ class RectifiedFlow:
             x_t and dx_t / dt, each of shape ``(n, *shape)``.
         """
         self._check_pair(x1, x0)
-        _check_times(t, len(x1))
+        check_times(t, len(x1))
         x, slope = self._between(x0, x1, t)
         return x.to(x1.dtype), slope.to(x1.dtype)
 
@@ -179,12 +189,12 @@ class RectifiedFlow:
             x0 = self._draw(len(x1), x1.dtype, x1.device, generator)
         self._check_pair(x1, x0)
         if t is not None:
-            _check_times(t, len(x1))
+            check_times(t, len(x1))
         else:
-            t = _uniform(len(x1), x1, generator)
+            t = uniform(len(x1), x1, generator)
             t = t * (1 - 1e-3) if self.path == "vp" else t  # its velocity is infinite at 1
         x, slope = self._between(x0, x1, t)
-        velocity = _call(net, x, t, cond, x1.dtype)
+        velocity = call(net, x, t, cond, x1.dtype)
         if reduction == "none":
             return (velocity - slope).square().flatten(1).mean(1).to(x1.dtype)
         return F.mse_loss(velocity, slope, reduction=reduction).to(x1.dtype)
@@ -234,7 +244,7 @@ class RectifiedFlow:
         def field(time: Tensor, state: Tensor) -> Tensor:
             nonlocal n_evals
             n_evals += 1
-            return _call(net, state, time.repeat(len(x)), cond, x.dtype)
+            return call(net, state, time.repeat(len(x)), cond, x.dtype)
 
         end, times, path = _solve(
             field, x, t0, t1, method=method, n_steps=n_steps, rtol=rtol, atol=atol, keep=return_path
@@ -320,8 +330,8 @@ class RectifiedFlow:
         integer("batch_size", batch_size, 1)
         z0 = finite("x0", self._starts(net, n, x0, generator))
         z0 = z0.clone() if z0.is_inference() else z0
-        _check_cond(cond, len(z0))
-        _, device = _home(net, z0)
+        check_cond(cond, len(z0))
+        _, device = home(net, z0)
         ends = []
         for start in range(0, len(z0), batch_size):
             rows = slice(start, start + batch_size)
@@ -369,10 +379,10 @@ class RectifiedFlow:
         integer("n_steps", n_steps, 1)
         self._check_pair(x1, x0)
         dtype, x0, x1 = x1.dtype, wide(x0), wide(x1)
-        t = torch.floor(_uniform(len(x1), x1, generator) * n_steps) / n_steps
+        t = torch.floor(uniform(len(x1), x1, generator) * n_steps) / n_steps
         slope = x1 - x0
         x = torch.addcmul(x0, t.reshape(-1, *[1] * len(self.shape)), slope)
-        velocity = _call(net, x, t, cond, dtype)
+        velocity = call(net, x, t, cond, dtype)
         if distance is None:
             return F.mse_loss(velocity, slope).to(dtype)
         return has_shape("distance", distance(x0 + velocity, x1), (len(x1),), "x1").mean().to(dtype)
@@ -424,12 +434,12 @@ class RectifiedFlow:
             probes = torch.eye(d, dtype=x1.dtype, device=x1.device)
             probes = probes.reshape(d, 1, *self.shape).expand(d, *x1.shape)
         else:
-            signs = torch.where(_uniform(x1.shape, x1, generator) < 0.5, -1.0, 1.0)
+            signs = torch.where(uniform(x1.shape, x1, generator) < 0.5, -1.0, 1.0)
             probes = signs.to(x1.dtype)[None]
 
         def field(time: Tensor, state: Tensor) -> Tensor:
             t, z = time.repeat(n), state[:, :d].reshape(x1.shape)
-            velocity, pull, *_ = torch.func.vjp(lambda z: _call(net, z, t, cond, dtype), z)
+            velocity, pull, *_ = torch.func.vjp(lambda z: call(net, z, t, cond, dtype), z)
 
             def along(probe):
                 return (probe * pull(probe)[0]).flatten(1).sum(1)
@@ -459,35 +469,9 @@ class RectifiedFlow:
         if self.source is not None:
             x0 = has_shape("source", self.source(n, generator), (n, *self.shape), "shape")
             return x0.to(device, dtype)
-        where, drawn = draw_device(generator, device), torch.promote_types(dtype, torch.float32)
-        x0 = torch.randn(n, *self.shape, dtype=drawn, device=where, generator=generator)
-        return x0.to(device, dtype)
+        return normal((n, *self.shape), dtype, device, generator)
 
     def _starts(
         self, net: Net, n: int | None, x0: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        if (n is None) == (x0 is None):
-            got = "neither" if n is None else "both"
-            raise ValueError(f"exactly one of n and x0 must be given, got {got}")
-        if x0 is not None:
-            return self._check("x0", x0)
-        return self._draw(integer("n", n, 1), *_home(net, torch.empty(0)), generator)
-
-
-def _uniform(size: int | Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    where, dtype = draw_device(generator, like.device), torch.promote_types(like.dtype, torch.float32)
-    return torch.rand(size, dtype=dtype, device=where, generator=generator).to(like.device)
-
-
-def _home(net: Net, otherwise: Tensor) -> tuple[torch.dtype, torch.device]:
-    """Return dtype and device of the network's first floating parameter, if it has one."""
-    parameters = net.parameters() if isinstance(net, nn.Module) else ()
-    first = next((p for p in parameters if p.is_floating_point()), otherwise)
-    return first.dtype, first.device
-
-
-def _check_times(t: Any, n: int) -> None:
-    has_shape("t", floating("t", t), (n,), f"{n} samples")
-    # Values are read on the CPU only, where that is free: an accelerator would have to wait.
-    if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(f"t must be in [0, 1], got values in [{t.min():g}, {t.max():g}]")
+        return starts(net, n, x0, self._check, self._draw, generator)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, has_shape, integer
 from posterity._precision import wide, widened
-from posterity.generative.flow_ode import Cond, Method, Net
-from posterity.generative.rectified_flow import RectifiedFlow, Samples, Scalar
+from posterity.generative._network import Cond, Net, Samples
+from posterity.generative.flow_ode import Method
+from posterity.generative.rectified_flow import RectifiedFlow, Scalar
 
 __all__ = ["reflow", "straightness", "transport_cost"]
 

@@ -1,5 +1,6 @@
 """Claims about rectified flow: straight paths, cheap transport, and samples in one step."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,8 @@ from posterity.claims import Count, Positive, Trial, bound, comparison
 from posterity.generative import RectifiedFlow, reflow, straightness, transport_cost
 from posterity.lab import metrics, nets, training
 from posterity.lab.data import Points, dataset, load_images, load_points, split
+from posterity.lab.tasks import entry
+from posterity.lab.tasks.generation import trained
 
 
 @dataset(Points, "cifar10")
@@ -27,7 +30,7 @@ class UNet(nn.Module):
         super().__init__()
         blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")}
         blocks["up_block_types"] = ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-        model = needs("diffusers", "bench").UNet2DModel
+        model = needs("diffusers", "generative").UNet2DModel
         self.body = model(sample_size=32, block_out_channels=(128, 256, 256, 256), **blocks)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -238,3 +241,11 @@ def straight_paths(
                 distance[path] = error
     trial.record("sub-vp", distance.pop("sub-vp"))
     return distance
+
+
+@entry("generation", "rectified flow, 50 steps", paper="rectified-flow")
+def flow(train: Tensor, seed: int) -> Callable[[int, torch.Generator], Tensor]:
+    """Return a flow trained on lines from noise to the samples, followed in fifty steps."""
+    process, draws = RectifiedFlow(tuple(train.shape[1:])), torch.Generator().manual_seed(seed)
+    net = trained(train, lambda net, x: process.loss(net, x, generator=draws), seed)
+    return lambda n, generator: process.sample(net, n, n_steps=50, generator=generator)

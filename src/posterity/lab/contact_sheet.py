@@ -12,7 +12,7 @@ import numpy as np
 from numpy import ndarray
 from torch import Tensor
 
-__all__ = ["Picture", "grid"]
+__all__ = ["Picture", "contact_sheet"]
 
 CELL = 36  # pixels: small images are enlarged towards this side, larger ones reduced to it
 
@@ -32,7 +32,7 @@ class Picture(NamedTuple):
     says: str
 
 
-def grid(
+def contact_sheet(
     images: Tensor | ndarray, *, columns: int = 8, rows: int = 2, low: float = 0.0, high: float = 1.0
 ) -> Picture:
     """Return the first images as one picture, row by row.
