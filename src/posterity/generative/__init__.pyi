@@ -1,9 +1,14 @@
+from posterity.generative.bridge_table import BridgeTable as BridgeTable
+from posterity.generative.constrained_bridges import ConstrainedBridge as ConstrainedBridge
 from posterity.generative.fid_classes import Resampling as Resampling
 from posterity.generative.fid_classes import class_indicators as class_indicators
 from posterity.generative.fid_classes import match_class_histogram as match_class_histogram
 from posterity.generative.fid_classes import resample_weights as resample_weights
 from posterity.generative.fid_sensitivity import sample_influence as sample_influence
 from posterity.generative.fid_sensitivity import sensitivity_map as sensitivity_map
+from posterity.generative.finite_sets import Categorical as Categorical
+from posterity.generative.finite_sets import Grid as Grid
+from posterity.generative.finite_sets import Points as Points
 from posterity.generative.flow_ode import Trajectory as Trajectory
 from posterity.generative.frechet import FeatureStats as FeatureStats
 from posterity.generative.frechet import add_to_stats as add_to_stats
@@ -12,9 +17,11 @@ from posterity.generative.frechet import frechet_distance as frechet_distance
 from posterity.generative.frechet_metric import FrechetDistance as FrechetDistance
 from posterity.generative.haar_pyramid import haar as haar
 from posterity.generative.haar_pyramid import inverse_haar as inverse_haar
+from posterity.generative.intervals import Interval as Interval
 from posterity.generative.local_cnn import LocalCNN as LocalCNN
 from posterity.generative.locality import locality_curve as locality_curve
 from posterity.generative.multiscale_score import MultiscaleDenoiser as MultiscaleDenoiser
+from posterity.generative.products import Product as Product
 from posterity.generative.rarity_score import RarityManifold as RarityManifold
 from posterity.generative.rarity_score import RarityScores as RarityScores
 from posterity.generative.rarity_score import knn_radii as knn_radii
