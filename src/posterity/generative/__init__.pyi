@@ -1,11 +1,13 @@
 from posterity.generative.bridge_table import BridgeTable as BridgeTable
 from posterity.generative.constrained_bridges import ConstrainedBridge as ConstrainedBridge
+from posterity.generative.diffusion_fields import FieldDiffusion as FieldDiffusion
 from posterity.generative.fid_classes import Resampling as Resampling
 from posterity.generative.fid_classes import class_indicators as class_indicators
 from posterity.generative.fid_classes import match_class_histogram as match_class_histogram
 from posterity.generative.fid_classes import resample_weights as resample_weights
 from posterity.generative.fid_sensitivity import sample_influence as sample_influence
 from posterity.generative.fid_sensitivity import sensitivity_map as sensitivity_map
+from posterity.generative.field_net import FieldNet as FieldNet
 from posterity.generative.finite_sets import Categorical as Categorical
 from posterity.generative.finite_sets import Grid as Grid
 from posterity.generative.finite_sets import Points as Points
@@ -15,6 +17,10 @@ from posterity.generative.frechet import add_to_stats as add_to_stats
 from posterity.generative.frechet import feature_stats as feature_stats
 from posterity.generative.frechet import frechet_distance as frechet_distance
 from posterity.generative.frechet_metric import FrechetDistance as FrechetDistance
+from posterity.generative.grid_fields import field_image as field_image
+from posterity.generative.grid_fields import image_field as image_field
+from posterity.generative.grid_fields import sphere_field as sphere_field
+from posterity.generative.grid_fields import volume_field as volume_field
 from posterity.generative.haar_pyramid import haar as haar
 from posterity.generative.haar_pyramid import inverse_haar as inverse_haar
 from posterity.generative.intervals import Interval as Interval
