@@ -205,6 +205,7 @@ def test_search_in_the_browser_ranks_as_the_command_line_does(site, reader):
         "graph with unlike neighbours",
         "one step image generaton",
         "xqzt",
+        "diffuser",
     ]
     found = reader(site).evaluate("texts => texts.map(text => rank(text).map(([slug]) => slug))", texts)
     assert found == [[paper.slug for paper in find(text)] for text in texts]

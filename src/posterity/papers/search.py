@@ -222,8 +222,12 @@ def rank(text: str, data: dict[str, Any]) -> list[tuple[str, float]]:
         score * (data["boost"] if ready else 1.0) for score, ready in zip(total, data["ready"], strict=True)
     ]
     least = data["least"] * max(total, default=0.0)
-    order = sorted(range(len(total)), key=lambda number: (-total[number], number))
-    return [(data["papers"][n], total[n]) for n in order if total[n] > 0 and total[n] >= least]
+    name = text.strip().lower()  # who gives a paper's name wants that paper, whoever else has the word
+    order = sorted(range(len(total)), key=lambda n: (data["papers"][n] != name, -total[n], n))
+    return [
+        (data["papers"][n], total[n]) for n in order
+        if total[n] > 0 and (total[n] >= least or data["papers"][n] == name)
+    ]  # fmt: skip
 
 
 def find(text: str) -> list[Paper]:

@@ -67,7 +67,10 @@ function searcher(data) {
     }
     data.ready.forEach((ready, n) => { if (ready) total[n] *= data.boost; });
     const least = data.least * Math.max(...total);
-    return total.map((score, n) => [n, score]).filter(([, score]) => score > 0 && score >= least)
-      .sort((a, b) => b[1] - a[1] || a[0] - b[0]).map(([n, score]) => [data.papers[n], score]);
+    const name = text.trim().toLowerCase(), named = (n) => data.papers[n] === name;
+    return total.map((score, n) => [n, score])
+      .filter(([n, score]) => score > 0 && (score >= least || named(n)))
+      .sort((a, b) => named(b[0]) - named(a[0]) || b[1] - a[1] || a[0] - b[0])
+      .map(([n, score]) => [data.papers[n], score]);
   };
 }
