@@ -434,6 +434,7 @@ OFF = torch.tensor([[0.5, 1.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.0]])
         (lambda: ConstrainedBridge(ROW, 4, source=3), "source must be a callable"),
         (lambda: BRIDGE.loss(zero, OFF), r"x1 must be in the domain .*, got 0.5 in column 1 of row 1"),
         (lambda: BRIDGE.loss(zero, X * math.nan), "x1 must be in the domain .*, got nan in column 0 of row 0"),
+        (lambda: BRIDGE.loss(zero, X[:0]), r"x1 must have samples, got shape \(0, 4\)"),
         (lambda: BRIDGE.loss(zero, X.long()), "x1 .* got dtype torch.int64: one-hot or cast to float"),
         (lambda: BRIDGE.loss(zero, X[:, :3]), r"x1 must have shape \(any, 4\) for shape, got \(5, 3\)"),
         (lambda: BRIDGE.loss(zero, X, X[:3]), r"x0 must have shape \(5, 4\) for x1, got \(3, 4\)"),

@@ -446,6 +446,7 @@ def sample(coords=C, n_values=2, n=4, net=silent, **options):
         (lambda: loss(coords=None), "coords must be a floating-point tensor, got NoneType"),
         (lambda: loss(coords=C * math.nan), "coords must be finite, got NaN or infinity"),
         (lambda: loss(coords=C[:, :, :0]), "coords must have numbers"),
+        (lambda: loss(V / 0), "values must be finite, got NaN or infinity"),
         (lambda: loss(V.long()), "values must be .* got dtype torch.int64: scale to floats first"),
         (lambda: loss("fields"), "values must be a floating-point tensor, got str"),
         (lambda: loss(V[0]), r"values must have shape \(any, any, any\), got \(9, 2\)"),

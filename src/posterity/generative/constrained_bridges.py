@@ -323,8 +323,10 @@ class ConstrainedBridge:
             the domain by more than 1e-4 (on an accelerator only the first call looks).
         """
         one_of("reduction", reduction, ("mean", "sum", "none"))
-        self._inside(self._check("x1", x1))
-        dtype, n = x1.dtype, len(x1)
+        dtype, n = self._check("x1", x1).dtype, len(x1)
+        if not n:
+            raise ValueError(f"x1 must have samples, got shape {tuple(x1.shape)}")
+        self._inside(x1)
         if x0 is None:
             x0 = self._draw(n, dtype, x1.device, generator)
         has_shape("x0", floating("x0", x0, "one-hot or cast to float"), x1.shape, "x1")

@@ -167,12 +167,15 @@ class FieldDiffusion:
         ------
         ValueError
             If shapes, dtypes, numbers of points, times, ``cond``, ``reduction`` or the
-            network's output do not fit.
+            network's output do not fit, or values or coordinates on the CPU are not finite.
         """
         one_of("reduction", reduction, ("mean", "sum", "none"))
         has_shape("values", floating("values", values, "scale to floats first"), (None, None, None))
         if 0 in values.shape:
             raise ValueError(f"values must have fields, points and channels, got shape {tuple(values.shape)}")
+        # Values are read on the CPU only, where that is free: an accelerator would have to wait.
+        if values.device.type == "cpu":
+            finite("values", values)
         n, m, _ = values.shape
         coords = _places(coords, n, m, values)
         k_context, k_query = _count("n_context", n_context, m), _count("n_query", n_query, m)
