@@ -230,8 +230,8 @@ def faithful(
 
     The base is the encoder and the image branch alone, widened until it has as many parameters; it is trained by the
     adversarial and feature terms. Batches and steps are shared. Learning rate and perceptual term, which compares pixels
-    since no network of pictures is at hand, are what each did best with of five settings on other seeds: at the other's, the
-    base loses to the whole and the whole to the base, by a tenth either way. The record has the distance to real
+    since no network of pictures is at hand, are what each did best with on other seeds, of five settings for the base
+    and three for the whole: at the other's, either loses by a tenth. The record has the distance to real
     images, and what the segmenter gets on these; the curves have each class, by its number, of which windows, trees
     and cars are small. Own data, by ``data=FOLDER``: images in a folder ``images`` and label maps, grey, a number a
     class, under the same names in ``labels``, as Cityscapes, ADE20K and COCO-Stuff have them; towards the paper

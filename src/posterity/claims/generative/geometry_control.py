@@ -184,9 +184,9 @@ def labels_for_free(
     clouds, lit from elsewhere: neither the looks of the real images nor those that the small generator was trained on.
     The real, the extra and the test images are of different objects of one kind. The plain renders and the generated
     images have the same poses, and with either half of each batch is real; the arms share initial weights, steps and
-    learning rate. The record has the errors in distribution, where plain renders are the help and the small
-    generator's blurred images are none. Your own shapes: ``shape="<OBJ file, or folder of them, y up>"``, which the
-    small generator paints as it paints what it knows.
+    learning rate. The small generator's images are blurred: out of distribution they are little better than plain
+    renders, and worse in distribution, of which the record has the errors. Your own shapes: ``shape="<OBJ file, or
+    folder of them, y up>"``, which the small generator paints as it paints what it knows.
     """
     generator = torch.Generator().manual_seed(trial.seed)
     objects = _objects(shape, trial.seed, 3 * MESHES)
