@@ -6,7 +6,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 WORKERS ?= 2
 export POSTERITY_DATA ?= $(wildcard ../shared/data)
 
-.PHONY: demo test flower lint docs evidence comparisons bench fuzz stubs clean
+.PHONY: demo test flower lint docs evidence replication comparisons bench fuzz stubs clean
 
 demo: .venv/core
 	$(BIN)/posterity run rectified-flow --claim one_step
@@ -31,6 +31,9 @@ docs: .venv/docs
 
 evidence: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.evidence $(SLUGS)
+
+replication: .venv/test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.replication $(SLUGS)
 
 comparisons: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.comparisons $(TASKS)
