@@ -65,8 +65,10 @@ def _owners():
     def owner(nodeid):
         file, _, rest = nodeid.partition("::")
         path = Path(file)
-        if slug := by_file.get((path.parent.name, path.stem.removeprefix("test_"))):
-            return slug
+        words = path.stem.removeprefix("test_").split("_")
+        for n in range(len(words), 0, -1):  # test_<paper>_<idea>.py is the paper's too
+            if slug := by_file.get((path.parent.name, "_".join(words[:n]))):
+                return slug
         parameter = rest.partition("[")[2]
         found = slugs.match(parameter) or slugs.match(rest.rpartition("-")[2])
         return found[0] if found else HOUSE

@@ -122,3 +122,16 @@ def _seems_headed(frame):
 def _text(column, known):
     """Whether words that look like numbers or dates were read as such, which they are."""
     return all(isinstance(value, str) for value in known) and column.dtype.kind in "iufM"
+
+
+@pytest.mark.parametrize("numbers", ["1,5;2,25;-3,75", "1.500,5;22.000,0;-3.000,25", "1.5;2.25;-3.75"])
+def test_a_word_among_numbers_of_any_country_is_asked_for(tmp_path, numbers):
+    path = tmp_path / "mixed.csv"
+    cells = [*(9 * numbers.split(";")), "k.A."]
+    path.write_text("a;b\n" + "\n".join(f"{k};{cell}" for k, cell in enumerate(cells)), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"column 'b' has numbers and 'k.A.': missing=k.A. reads that as missing"
+    ):
+        read_frame(path)
+    frame, _ = read_frame(path, options={"missing": "k.A."})
+    assert frame["b"].dtype == float and frame["b"].isna().tolist() == [False] * 27 + [True]

@@ -97,9 +97,11 @@ def survey(cells: pd.Series, missing: tuple[str, ...] = ()) -> Column:
     dates = _date_ways(known)
     if dates:
         return Column(cells, "dates", dates)
-    strays = known[~numeric].drop_duplicates()
-    if len(strays) <= FEW and cells.isin(strays).sum() < 0.5 * cells.notna().sum():
-        return Column(cells, "text", strays=tuple(strays))
+    foreign = (pattern for pattern, _, _ in NUMBERS.values())
+    for pattern in ("", *foreign):  # "": numbers as Python writes them
+        strays = known[~(numeric | known.str.fullmatch(pattern))].drop_duplicates()
+        if len(strays) <= FEW and cells.isin(strays).sum() < 0.5 * cells.notna().sum():
+            return Column(cells, "text", strays=tuple(strays))
     return Column(cells, "text")
 
 

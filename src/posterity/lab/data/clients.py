@@ -166,7 +166,7 @@ def _of_table(source: Source, target: str | None, column: str | None) -> ClientD
     if column not in columns:
         said = f"no column {column!r} beside the target" if column else "who holds a row is not said"
         raise ValueError(
-            f"{source.name}: {said}; say data?client= and one of {', '.join(columns)}, or data?clients=NUMBER"
+            f"{source.name}: {said}; say data.client= and one of {', '.join(columns)}, or data.clients=NUMBER"
         )
     holders = pd.Series(table.X[column])
     if len(lost := np.flatnonzero(holders.isna())):
@@ -192,7 +192,7 @@ def _domains(path: Path) -> ClientData:
         flat = next((p.name for p in domains if p not in nested), "nothing")
         raise ValueError(
             f"{path}: needs a folder a client with a folder a class in each, {flat} is none; "
-            "or data?clients=NUMBER to deal images by class out"
+            "or data.clients=NUMBER to deal images by class out"
         )
     parts = [read_images(Source(f"{path.name}/{domain.name}", (domain,))) for domain in domains]
     sizes = {domain.name: part.x.shape[1:] for domain, part in zip(domains, parts, strict=True)}
