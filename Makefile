@@ -38,7 +38,7 @@ replication: .venv/test
 comparisons: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.comparisons $(TASKS)
 
-bench: .venv/test
+bench: .venv/bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench $(SLUGS)
 
 fuzz: .venv/test
@@ -46,6 +46,7 @@ fuzz: .venv/test
 
 stubs: .venv/core
 	$(BIN)/python -m posterity.stubs
+	$(BIN)/python -m tools.own_data
 
 clean:
 	rm -rf .venv docs/_build posterity-report posterity-site
@@ -66,6 +67,10 @@ clean:
 	$(PYTHON) -m venv .venv/flower
 	.venv/flower/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-federated.txt \
 		-e ".[federated]" pytest pytest-timeout beartype
+	@touch $@
+
+.venv/bench: .venv/test
+	$(PIP) -e ".[bench]"
 	@touch $@
 
 .venv/lint: .venv/test

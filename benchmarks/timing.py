@@ -1,7 +1,7 @@
 """Races: two ways of doing the same work, timed in turns in one run.
 
 Turns alternate, so that a busy machine slows both alike; the median of each counts. Where
-``POSTERITY_RACES`` names a file, each race is a line of JSON in it, as `tools.bench --store` asks.
+``POSTERITY_RACES`` names a file, each race is a line of JSON in it, as `tools.bench` asks.
 """
 
 import json
@@ -14,9 +14,13 @@ import torch
 
 
 def race(
-    name: str, ours: Callable[[], object], peer: Callable[[], object], *, target: float, rounds: int = 15
-) -> float:
-    """Print and return how many times faster ``ours`` is than ``peer``; both warm up once."""
+    name: str, ours: Callable[[], object], peer: Callable[[], object], *, target: float, rounds: int = 15,
+    why: str = "",
+) -> float:  # fmt: skip
+    """Print and return how many times faster ``ours`` is than ``peer``; both warm up once.
+
+    ``why`` says what keeps it below its target, where profiling has found no way.
+    """
     torch.set_num_threads(1)
     seconds: dict[str, list[float]] = {"ours": [], "peer": []}
     for turn in range(rounds + 1):
@@ -34,6 +38,8 @@ def race(
     )
     if "POSTERITY_RACES" in os.environ:
         row = {"name": name, "ratio": float(f"{ratio:.3g}"), "target": float(f"{target:.3g}")}
+        if why and ratio < target:
+            row["why"] = why
         with open(os.environ["POSTERITY_RACES"], "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return ratio

@@ -98,7 +98,7 @@ def node_classifier(on):
 def embedded(on):
     torch.manual_seed(0)
     model = graphs.PolyGCL(4, 8, K=3, dropout=0.0, feature_dropout=0.0).double().to(on)
-    losses = graphs.fit_polygcl(model, draw(12, 4).to(on), RING.to(on), epochs=2, generator=rng())
+    losses = graphs.fit_polygcl(model, draw(12, 4).to(on), RING.to(on), max_epochs=2, generator=rng())
     return model.embed(draw(12, 4).to(on), RING.to(on)).isfinite().all(), len(losses)
 
 
@@ -127,7 +127,9 @@ def spectra(on):
 def link_representations(on):
     torch.manual_seed(0)
     model = graphs.TBGRL(graphs.GCNEncoder(4, 8, 6), 6, predictor_hidden=8).double().to(on)
-    losses = graphs.fit_tbgrl(model, draw(12, 4).to(on), RING.to(on), epochs=2, warmup=1, generator=rng())
+    losses = graphs.fit_tbgrl(
+        model, draw(12, 4).to(on), RING.to(on), max_epochs=2, warmup_steps=1, generator=rng()
+    )
     z = model.embed(draw(12, 4).to(on), RING.to(on))
     pairs = RING.to(on)[:, :6]
     decoder = graphs.fit_link_decoder(z, pairs, pairs, pairs.flip(0), max_epochs=2, k=2, generator=rng())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from posterity._precision import rounding, widened
+from posterity._precision import rounding, unit_rows, widened
 from posterity.transport import (
     DEMDLoss,
     DEMDRegularizer,
@@ -140,3 +140,15 @@ def test_what_is_kept_is_nobodys_and_serves_training_later(method):
     cloud = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     QuasiSlicedWasserstein(13, method=method)(cloud, torch.zeros(20, 3)).backward()
     assert torch.isfinite(cloud.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_unit_rows_are_those_of_normalize_and_no_square_overflows(dtype):
+    x = torch.randn(20, 7, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    plain = torch.nn.functional.normalize(x, dim=1)
+    assert torch.equal(unit_rows(x), plain) and torch.equal(unit_rows(x.T, 0), plain.T)
+    far = 100 if dtype == torch.float32 else 900
+    for power in (-far, far):
+        assert torch.equal(unit_rows(x * 2.0**power), plain)
+    assert unit_rows(torch.zeros(2, 3, dtype=dtype)).tolist() == [[0.0] * 3] * 2
+    assert unit_rows(torch.zeros(2, 0, dtype=dtype)).shape == (2, 0)

@@ -111,14 +111,18 @@ def main() -> None:
             "parity": {**(agreed := compare(paper.slug)), "largest": float(f"{agreed['largest']:.2g}")},
             "claims": claims,
         }
-        if speed := paper.evidence().get("speed"):  # `tools.bench --store` measures it
+        if speed := paper.evidence().get("speed"):  # `tools.bench` measures it
             facts["speed"] = speed
         path.write_text(json.dumps(rounded(facts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     front()
 
 
 def front() -> None:
-    """Write what README and manual say of the evidence: verdicts by domain, all of them, a picture."""
+    """Write what README and manual say of the evidence: verdicts by domain, all of them, a picture, twice asked, speed."""
+    from tools import bench, replication  # which call this
+
+    for name, text in (("replication", replication.page()), ("speed", bench.page())):
+        (ROOT / "docs" / f"{name}.md").write_text(text, encoding="utf-8")
     rows = [
         row
         for path in sorted((ROOT / "evidence").glob("*.json"))

@@ -11,7 +11,7 @@ from posterity.coding import LDMIC, EfficientAttention
 def quadratic(layer: EfficientAttention, target: Tensor, source: Tensor) -> Tensor:
     """Return the attention that one would take otherwise, of the same projections and heads."""
     q, k, v = (
-        part.flatten(2).unflatten(1, (layer.heads, -1)).mT
+        part.flatten(2).unflatten(1, (layer.n_heads, -1)).mT
         for part in (layer.queries(target), layer.keys(source), layer.values(source))
     )
     found = F.scaled_dot_product_attention(q, k, v).mT.flatten(1, 2)

@@ -80,6 +80,7 @@ def main() -> None:
     race(
         "prune_channels, a ResNet of width 16 at 32 x 32, torch-pruning's MagnitudePruner",
         lambda: prune_channels(net, x, 0.3), lambda: by_torch_pruning(net, x), target=1, rounds=5,
+        why="Bounds of all channels are computed, where the peer sorts norms of weights.",
     )  # fmt: skip
 
     start = time.perf_counter()
@@ -92,8 +93,8 @@ def main() -> None:
                 if s.macs[1] <= s.macs[0] / 2)  # fmt: skip
     race(
         f"forward pass at {most.macs[1] / most.macs[0]:.2f} of the multiplications, the dense network",
-        lambda: latency(most.model, batch, repeats=1, warmup=0),
-        lambda: latency(net, batch, repeats=1, warmup=0), target=1.3, rounds=9,
+        lambda: latency(most.model, batch, n_repeats=1, warmup=0),
+        lambda: latency(net, batch, n_repeats=1, warmup=0), target=1.3, rounds=9,
     )  # fmt: skip
 
 

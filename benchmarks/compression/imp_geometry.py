@@ -69,6 +69,7 @@ def upkeep() -> None:
     race(
         "two trainings of 150 steps, masked in iterative_pruning, against plain ones",
         lambda: iterative_pruning(net, train, rounds=1), plain, target=0.97, rounds=31,
+        why="A mask is one more pass over the weights, beside steps of a small network on 128 rows.",
     )  # fmt: skip
 
 
@@ -83,6 +84,7 @@ def path() -> None:
     race(
         "a path of 11 points, against 11 evaluations",
         lambda: error_barrier(net, *ends, error), lambda: [error(net) for _ in range(11)], target=0.95, rounds=61,
+        why="Weights between two ends are two more passes over them, beside evaluations of a small network.",
     )  # fmt: skip
 
 

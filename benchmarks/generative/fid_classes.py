@@ -38,7 +38,7 @@ def distances() -> None:
     race(f"distance at d = {D}, against torchmetrics", ours, torchmetrics, target=1, rounds=1)
 
 
-def steps(m: int = 5_000, d: int = 256, n_iter: int = 20) -> None:
+def steps(m: int = 5_000, d: int = 256, max_iter: int = 20) -> None:
     """Time steps of descent on the weights of m candidates."""
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(2_000, d, generator=generator, dtype=torch.float64)
@@ -46,13 +46,13 @@ def steps(m: int = 5_000, d: int = 256, n_iter: int = 20) -> None:
     target = feature_stats(real)
 
     def ours() -> Tensor:
-        return resample_weights(real, made, n_iter=n_iter, optimizer="sgd", lr=10.0).log_weights
+        return resample_weights(real, made, max_iter=max_iter, optimizer="sgd", lr=10.0).log_weights
 
     def autograd() -> Tensor:
         """Descend as the official code does, by autograd through the eigenvalues of the product of the covariances."""
         logs = torch.zeros(m, 1, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.SGD([logs], lr=10.0)
-        for _ in range(n_iter):
+        for _ in range(max_iter):
             optimizer.zero_grad()
             weights = logs.exp()
             total = weights.sum()
@@ -67,7 +67,7 @@ def steps(m: int = 5_000, d: int = 256, n_iter: int = 20) -> None:
 
     torch.testing.assert_close(ours().softmax(0), autograd().softmax(0), rtol=1e-4, atol=0)
     race(
-        f"{n_iter} steps at m = {m}, d = {d}, against autograd through eigenvalues",
+        f"{max_iter} steps at m = {m}, d = {d}, against autograd through eigenvalues",
         ours,
         autograd,
         target=4,

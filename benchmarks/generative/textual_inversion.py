@@ -35,7 +35,7 @@ class Wide(TinyTextToImage):
 def steps() -> None:
     """Time and weigh one step each, on the same images, texts and noise."""
     model = Wide()
-    images, _ = shapes(BATCH, colours=["orange"], kinds=["ring"], generator=torch.Generator().manual_seed(0))
+    images, _ = shapes(BATCH, colors=["orange"], kinds=["ring"], generator=torch.Generator().manual_seed(0))
     learner, denoise = TextualInversion.from_pipeline(model, initializer="ring")
     options = {"n_steps": 1, "batch_size": BATCH, "kind": TEXTS, "flip": 0.0}
 

@@ -50,7 +50,8 @@ def main() -> None:
     size = sum(p.numel() for p in net.parameters())
     with tempfile.TemporaryDirectory() as folder:
         race(f"a measurement of {size:,} parameters, against a step and a forward pass (within 15 %)",
-             lambda: metric.update(net, optimizer), step_and_forward, target=1 / 1.15, rounds=31)  # fmt: skip
+             lambda: metric.update(net, optimizer), step_and_forward, target=1 / 1.15, rounds=31,
+             why="Weights and moments are kept and put back, a pass over memory.")  # fmt: skip
         race(
             "keeping and putting back, against a checkpoint on disk", in_memory, on_disk, target=5, rounds=31
         )

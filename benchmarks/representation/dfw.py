@@ -38,12 +38,12 @@ def main() -> None:
     x = normal(tasks, n, dx) * (0.5 * normal(tasks, 1, dx)).exp()
     y = x @ phi.T @ normal(tasks, r, dy) + normal(tasks, n, dy)
     arrays = start.numpy(), x.numpy(), y.numpy()
-    ours = dfw(x, y, r, n_iter=3, lr=LR, init=start, partition="fixed", tol=0).phi
+    ours = dfw(x, y, r, max_iter=3, lr=LR, init=start, partition="fixed", tol=0).phi
     assert float(subspace_distance(ours, torch.from_numpy(by_loops(*arrays, 3, None)))) < 1e-8
     for partition, rounds, target in (("fixed", 60, 10), ("shuffle", 5, 1)):
         race(
             f"{tasks} tasks of {n} rows, {dx} inputs, {rounds} rounds, {partition} halves, against a loop over tasks",
-            lambda: dfw(x, y, r, n_iter=rounds, lr=LR, init=start, partition=partition, tol=0, random_state=0),  # noqa: B023
+            lambda: dfw(x, y, r, max_iter=rounds, lr=LR, init=start, partition=partition, tol=0, random_state=0),  # noqa: B023
             lambda: by_loops(*arrays, rounds, None if partition == "fixed" else np.random.default_rng(0)),  # noqa: B023
             target=target, rounds=3,
         )  # fmt: skip

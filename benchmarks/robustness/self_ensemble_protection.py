@@ -48,7 +48,7 @@ def main() -> None:
         y = torch.arange(len(x)) % 10
         spare = copy.deepcopy(nets[0]).eval()
         states = [net.state_dict() for net in nets]
-        protector = SelfEnsembleProtector(nets, eps=EPS, step_size=EPS / 4, n_steps=STEPS, mode="ce")
+        protector = SelfEnsembleProtector(nets, epsilon=EPS, step_size=EPS / 4, n_steps=STEPS, mode="ce")
         ours, theirs = protector.protect(x, y), by_reloading(spare, states, x, y, 5, 512)
         assert ((ours - theirs).abs() > 1e-5).float().mean() < 0.01  # signs of gradients near 0
         race(f"ten checkpoints: {name}", lambda: protector.protect(x, y),  # noqa: B023

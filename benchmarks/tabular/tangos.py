@@ -51,6 +51,7 @@ def main() -> None:
         lambda: TangosRegressor(lambda_spec=0, lambda_orth=0, **options).fit(X, y),
         target=1 / 3,
         rounds=7,
+        why="Attributions of every unit are differentiated once more, in steps of 32 rows that are small calls.",
     )
     peer = MLPRegressor(hidden_layer_sizes=(51, 51), batch_size=32, max_iter=30, early_stopping=True, validation_fraction=0.2,
                         n_iter_no_change=30, alpha=0.0, random_state=0)  # fmt: skip
@@ -60,6 +61,7 @@ def main() -> None:
         lambda: peer.fit(X, y),
         target=1 / 3,
         rounds=7,
+        why="The same, and numpy's steps on 32 rows cost less to call than torch's.",
     )
 
 

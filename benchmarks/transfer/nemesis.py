@@ -54,10 +54,12 @@ def main() -> None:
         size, each = f"text of {layers} layers of {width}", learner(layers=layers, width=width)
         race(f"step with the uniform penalty, {size}, against plain prompts",
              lambda each=each: step(each, uniform, features, y),
-             lambda each=each: step(each, None, features, y), target=1 / 1.02, rounds=50)  # fmt: skip
+             lambda each=each: step(each, None, features, y), target=1 / 1.02, rounds=50,
+             why="Norms are some small operations, which only a tower of a real size hides.")  # fmt: skip
         race(f"step with the position-aware penalty, one position, {size}, against plain prompts",
              lambda each=each: step(each, aware, features, y),
-             lambda each=each: step(each, None, features, y), target=1 / 1.6, rounds=50)  # fmt: skip
+             lambda each=each: step(each, None, features, y), target=1 / 1.6, rounds=50,
+             why="It asks for one more pass of the tower, of which little is hidden at this size.")  # fmt: skip
     race("step with prompts cut behind the end, against 77 tokens", lambda: step(prompts, None, features, y),
          lambda: step(padded, None, features, y), target=2.0, rounds=20)  # fmt: skip
 

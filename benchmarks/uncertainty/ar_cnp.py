@@ -16,7 +16,8 @@ def _races(
     with torch.no_grad():
         race(f"likelihood, {name}, 16 tasks of 10 + 50 points, against the loop",
              lambda: ar_log_likelihood(model, x, y, x_new, y_new, order="given"),
-             lambda: ar_log_likelihood(called, x, y, x_new, y_new, order="given"), target=target, rounds=5)  # fmt: skip
+             lambda: ar_log_likelihood(called, x, y, x_new, y_new, order="given"), target=target, rounds=5,
+             why="Each context goes through the network by itself, in any way: the convolutions are the same.")  # fmt: skip
         race(f"8 samples, {name}, against the loop", lambda: ar_sample(model, x, y, x_new, 8, order="given"),
              lambda: ar_sample(called, x, y, x_new, 8, order="given"), target=1.0, rounds=3)  # fmt: skip
 

@@ -20,9 +20,12 @@ __all__ = [
     "finite",
     "floating",
     "has_shape",
+    "indices",
     "integer",
+    "interval",
     "needs",
     "one_of",
+    "scalar",
     "within",
 ]
 
@@ -60,6 +63,17 @@ def within(
     if not (above and below):  # NaN is neither
         raise ValueError(f"{name} must be {rule}, got {value}")
     return value
+
+
+def interval(name: str, value: Any) -> tuple[float, float]:
+    """Return two finite numbers (low, high), the first the lower."""
+    ends = tuple(value) if isinstance(value, tuple | list) else ()
+    if len(ends) != 2 or not all(isinstance(end, Real) for end in ends):
+        raise ValueError(f"{name} must be two numbers (low, high), got {value!r}")
+    low, high = map(float, ends)
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"{name} must be two finite numbers (low, high) with low < high, got {value!r}")
+    return low, high
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
@@ -102,6 +116,30 @@ def class_indices(name: str, value: Tensor, n: int, n_classes: int | None = None
         if low < 0 or high >= n_classes:
             raise ValueError(f"{name} must be in 0..{n_classes - 1}, got values from {low} to {high}")
     return value
+
+
+def indices(
+    name: str, value: Any, shape: Sequence[int | None], n: int | None = None, source: str = ""
+) -> Tensor:
+    """Return integers of a shape in 0 .. n - 1; values are read on the CPU, where that is free."""
+    dtype = value.dtype if isinstance(value, Tensor) else None
+    if dtype is None or dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
+        raise ValueError(f"{name} must hold integers, got {dtype or type(value).__name__}")
+    has_shape(name, value, shape, source)
+    if n is not None and value.numel() and value.device.type == "cpu":
+        low, high = (int(end) for end in value.aminmax())
+        if low < 0 or high >= n:
+            raise ValueError(f"{name} must be in 0..{n - 1}, got values from {low} to {high}")
+    return value
+
+
+def scalar(name: str, value: Any) -> Tensor:
+    """Return what a function of the user's gave as a tensor without dimensions; it must be one number."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(
+            f"{name} must return a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}"
+        )
+    return value.reshape(())
 
 
 def finite(name: str, value: Tensor) -> Tensor:

@@ -1,15 +1,26 @@
 """A user's model as what looks at it takes it: at rest, and as a function of its tensors."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
 
-__all__ = ["call", "evaluating", "not_batched", "state"]
+__all__ = [
+    "at_rest",
+    "by_sample",
+    "call",
+    "evaluating",
+    "frozen",
+    "held",
+    "not_batched",
+    "resize_buffers",
+    "state",
+]
 
 
 @contextmanager
@@ -29,6 +40,37 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:  # not by train(), which would set all of them alike
             module.training = training
+
+
+@contextmanager
+def at_rest(*parts: Any) -> Iterator[None]:
+    """Put what is a module among some parts into eval mode, as `evaluating` does; functions need nothing."""
+    with ExitStack() as stack:
+        for part in parts:
+            if isinstance(part, nn.Module):
+                stack.enter_context(evaluating(part))
+        yield
+
+
+@contextmanager
+def frozen(*parts: Any) -> Iterator[None]:
+    """Take the parameters of modules among some parts for constants; flags are as before afterwards, also after an error."""
+    models = [part for part in parts if isinstance(part, nn.Module)]
+    trained = [p for model in models for p in model.parameters() if p.requires_grad and p.is_leaf]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def held(*parts: Any) -> Iterator[None]:
+    """Keep modules at rest and their parameters constant."""
+    with frozen(*parts), at_rest(*parts):
+        yield
 
 
 def state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -54,6 +96,30 @@ def call(model: nn.Module, tensors: Mapping[str, Tensor], *args: Any) -> Any:
                      module.named_buffers(recurse=False, remove_duplicate=False))  # fmt: skip
         every.update({f"{where}.{name}".lstrip("."): tensors[first[id(own)]] for name, own in held})
     return functional_call(model, every, args, tie_weights=False)
+
+
+def by_sample(function: Callable[..., Any], *batches: Any) -> Any:
+    """Return ``vmap(function)(*batches)``; sample by sample where vmap cannot follow, as an RNN.
+
+    Running out of memory is no reason for the loop: that error is raised.
+    """
+    try:
+        return vmap(function)(*batches)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # any other error the loop meets again
+        each = [function(*sample) for sample in zip(*batches, strict=True)]
+    return tree_map(lambda *parts: torch.stack(parts), each[0], *each[1:])
+
+
+def resize_buffers(
+    module: nn.Module, names: Sequence[str], state_dict: Mapping[str, Any], prefix: str
+) -> None:
+    """Give buffers whose size only what was saved knows its shapes and dtypes, before it is loaded into them."""
+    for name in names:
+        saved = state_dict.get(prefix + name)
+        if isinstance(saved, Tensor):
+            setattr(module, name, saved.new_empty(saved.shape, device=getattr(module, name).device))
 
 
 def not_batched(error: RuntimeError) -> bool:

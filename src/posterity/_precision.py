@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["NARROW", "rounding", "wide", "widened"]
+__all__ = ["NARROW", "rounding", "unit_rows", "wide", "widened"]
 
 NARROW = (torch.bfloat16, torch.float16)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -27,6 +27,20 @@ def wide(x: Tensor) -> Tensor:
 def rounding(dtype: torch.dtype, least: float) -> float:
     """Return a relative tolerance: ``least``, or what rounding to the dtype alone may cost."""
     return max(least, torch.finfo(dtype).eps)
+
+
+def unit_rows(x: Tensor, dim: int = -1) -> Tensor:
+    """Return vectors along ``dim`` divided by their norms, zeros where they are zero; in float32 at least.
+
+    They are first divided by a power of two near their largest entry, which rounds nothing: squares of
+    large numbers overflow, those of small ones vanish.
+    """
+    x = wide(x)
+    if not x.shape[dim]:
+        return x
+    largest, most = x.detach().abs().amax(dim, keepdim=True), 126 if x.dtype == torch.float32 else 1022
+    power = torch.frexp(largest).exponent.to(x).clamp(-most, most)
+    return torch.nn.functional.normalize(x / torch.exp2(power), dim=dim)
 
 
 def widened(function: Function) -> Function:

@@ -224,7 +224,7 @@ def test_only_what_missed_the_tolerance_is_drawn_again():
     options = {"betas": linear_betas(15), "scale": 0.05, "clip": None}
     once = posterior_sample(prior, lambda x: x, target, (8, 4), **options, generator=rng())
     level = once.residual.median()
-    more = posterior_sample(prior, lambda x: x, target, (8, 4), **options, max_tries=4, tolerance=float(level), generator=rng())  # fmt: skip
+    more = posterior_sample(prior, lambda x: x, target, (8, 4), **options, max_tries=4, tol=float(level), generator=rng())  # fmt: skip
     good = once.residual <= level
     assert torch.equal(more.x[good], once.x[good])
     assert (more.residual <= once.residual).all() and (more.residual < once.residual).any()
@@ -242,8 +242,8 @@ def test_each_new_try_pulls_half_as_much_again():
     tries = [sample(0.1 * 1.5**k) for k in range(3)]
     assert (tries[2].residual < tries[0].residual).all()
     for n in (1, 2, 3):
-        torch.testing.assert_close(sample(0.1, max_tries=n, tolerance=0.0).x, tries[n - 1].x)
-    assert torch.equal(sample(50.0, max_tries=3, tolerance=0.0).x, sample(50.0).x)  # the first was nearest
+        torch.testing.assert_close(sample(0.1, max_tries=n, tol=0.0).x, tries[n - 1].x)
+    assert torch.equal(sample(50.0, max_tries=3, tol=0.0).x, sample(50.0).x)  # the first was nearest
 
 
 def test_schedule():
@@ -401,8 +401,9 @@ def test_bad_input(as_a_user: None):
         ("realism", lambda: sharp.decompress(data, realism=1.1)),
         ("method", lambda: sample(method="ddim")),
         ("max_tries", lambda: sample(max_tries=0)),
-        ("tolerance", lambda: sample(tolerance=-1.0)),
+        ("tol", lambda: sample(tol=-1.0)),
         ("clip", lambda: sample(clip=(1.0, -1.0))),
+        (r"clip must be two numbers \(low, high\), got 5", lambda: sample(clip=5)),
         (r"shape must be \(n, \*shape\) for n = 2", lambda: sample(shape=(3, 4))),
         ("x_init must have shape", lambda: sample(x_init=torch.zeros(2, 3))),
         ("x_hat must have shape", lambda: sharp.idempotence_error(x[:3], data)),

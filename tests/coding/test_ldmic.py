@@ -219,16 +219,16 @@ def test_coding_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_attention_is_the_quadratic_form(heads):
+@pytest.mark.parametrize("n_heads", [1, 2])
+def test_attention_is_the_quadratic_form(n_heads):
     torch.manual_seed(0)
-    layer = EfficientAttention(6, key_channels=4, value_channels=2, heads=heads).double()
+    layer = EfficientAttention(6, key_channels=4, value_channels=2, n_heads=n_heads).double()
     target, source = torch.randn(2, 6, 3, 4).double(), torch.randn(2, 6, 5, 2).double()
     keys, queries, values = layer.keys(source), layer.queries(target), layer.values(source)
     found = torch.zeros(2, 2, 3, 4, dtype=torch.float64)
-    dk, dv = 4 // heads, 2 // heads
+    dk, dv = 4 // n_heads, 2 // n_heads
     for n in range(2):
-        for head in range(heads):
+        for head in range(n_heads):
             k = keys[n, head * dk : (head + 1) * dk].reshape(dk, 10).exp()
             k = k / k.sum(1, keepdim=True)
             v = values[n, head * dv : (head + 1) * dv].reshape(dv, 10)
@@ -447,8 +447,8 @@ X = torch.full((1, 2, 3, 4, 4), 0.5)
         (lambda: LDMIC(latent=100), "latent must be a multiple of 16"),
         (lambda: LDMIC(downsample=12), "downsample must be a power of two, got 12"),
         (lambda: LDMIC(context="both"), "context must be one of"),
-        (lambda: EfficientAttention(24), r"channels must be a multiple of 8 \* heads = 16, got 24"),
-        (lambda: EfficientAttention(6, key_channels=3, value_channels=2), "key_channels must be a multiple of heads"),
+        (lambda: EfficientAttention(24), r"channels must be a multiple of 8 \* n_heads = 16, got 24"),
+        (lambda: EfficientAttention(6, key_channels=3, value_channels=2), "key_channels must be a multiple of n_heads"),
         (lambda: EfficientAttention(16)(X[0], X[0]), r"target must have shape \(any, 16, any, any\)"),
         (lambda: EfficientAttention(16)(torch.zeros(1, 16, 0, 2), torch.zeros(1, 16, 2, 2)), "target must have positions"),
         (lambda: EfficientAttention(16)(torch.zeros(1, 16, 2, 2), torch.zeros(1, 16, 2, 0)), "source must have positions"),

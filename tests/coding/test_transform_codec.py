@@ -11,7 +11,7 @@ from torch import Tensor
 
 from posterity.coding import TransformCodec
 
-FIXTURE = Path(__file__).parent / "fixtures" / "transform-v1.bin"
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -113,12 +113,14 @@ def test_same_bytes_again_in_other_batches_and_threads(codec):
         torch.set_num_threads(before)
 
 
-def test_stored_file_is_read():
+@pytest.mark.parametrize("version", [1, 2])
+def test_stored_file_is_read(version):
     codec = TransformCodec((1, 5, 4), 3, step=0.5, hidden=4)
-    stored = torch.load(FIXTURE.with_suffix(".pt"), weights_only=True)
+    stored = torch.load(FIXTURES / "transform-v1.pt", weights_only=True)
+    data = (FIXTURES / f"transform-v{version}.bin").read_bytes()
     codec.load_state_dict(stored["state"])
-    torch.testing.assert_close(codec.decompress(FIXTURE.read_bytes()), stored["images"])
-    assert torch.equal(codec.read_symbols(FIXTURE.read_bytes()), stored["symbols"])
+    torch.testing.assert_close(codec.decompress(data), stored["images"])
+    assert torch.equal(codec.read_symbols(data), stored["symbols"])
 
 
 def test_damaged_and_foreign_data_are_refused(codec):
@@ -132,6 +134,13 @@ def test_damaged_and_foreign_data_are_refused(codec):
     other = TransformCodec((1, 5, 4), 4, step=0.4, hidden=16).fit(images(), 41, generator=rng())
     with pytest.raises(ValueError, match="of another"):
         other.decompress(data)
+
+
+def test_bytes_of_a_codec_that_differs_in_its_center_alone_are_refused(codec):
+    other = copy.deepcopy(codec)
+    other.center += 1
+    with pytest.raises(ValueError, match="of another"):
+        other.decompress(codec.compress(images(3)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -212,7 +212,7 @@ def silenced(net, small):
     ("name", "options"),
     [
         *((name, {}) for name in NETS),
-        *((name, {"method": "l1", "steps": 3}) for name in ("residual", "mobile", "unet", "odd")),
+        *((name, {"method": "l1", "n_steps": 3}) for name in ("residual", "mobile", "unet", "odd")),
     ],
 )
 def test_a_pruned_network_is_the_full_one_with_those_channels_silenced(name, options):
@@ -464,7 +464,7 @@ def test_fine_tuning_is_called_after_each_step_on_a_smaller_network():
         model(x).square().mean().backward()
         torch.optim.SGD(model.parameters(), 1e-3).step()
 
-    small = prune(net, x, 0.5, steps=3, finetune=finetune)
+    small = prune(net, x, 0.5, n_steps=3, finetune=finetune)
     assert len(sizes) == 3 and sizes[0] > sizes[1] > sizes[2] == small.params[1]
     assert small.model.training and all(m.training for m in small.model.modules())
     again = shrink(net, small.plan)

@@ -138,9 +138,9 @@ def test_ties_go_by_coupling_then_index_and_steps_remove_as_many_as_one_would():
     assert [kept.tolist() for kept in prune_channels(net, x, 2).kept] == [[2, 3], [0, 1, 2, 3]]
     assert [kept.tolist() for kept in prune_channels(net, x, 4).kept] == [[3], [1, 2, 3]]
     for steps in (1, 2, 3, 5):
-        assert sum(len(kept) for kept in prune_channels(net, x, 0.7, steps=steps).kept) == 8 - 5
+        assert sum(len(kept) for kept in prune_channels(net, x, 0.7, n_steps=steps).kept) == 8 - 5
     # after the first channel is gone the second coupling is worth 3 * 2 a channel, less than 2 * 4
-    assert [len(kept) for kept in prune_channels(net, x, 2, steps=2).kept] == [3, 3]
+    assert [len(kept) for kept in prune_channels(net, x, 2, n_steps=2).kept] == [3, 3]
 
 
 def test_what_comes_back_to_a_multiple_is_the_best_of_what_went():

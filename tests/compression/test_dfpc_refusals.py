@@ -49,7 +49,7 @@ class Sneak(torch.autograd.Function):
         (BLOCK, X, float("nan"), {}, "amount must be in"),
         (BLOCK, X, 4, {}, "amount must be at most 3 channels here, of 4, got 4"),
         (BLOCK, X, True, {}, "amount must be an integer"),
-        (BLOCK, X, 1, {"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        (BLOCK, X, 1, {"n_steps": 0}, "n_steps must be an integer of at least 1, got 0"),
         (BLOCK, X, 1, {"round_to": 0}, "round_to must be an integer of at least 1"),
         (BLOCK, X, 1, {"min_channels": 0}, "min_channels must be an integer of at least 1"),
         (BLOCK, X, 1, {"method": "l2"}, "method must be one of 'dfpc', 'l1', 'random', got 'l2'"),
@@ -118,5 +118,5 @@ def test_a_plan_that_does_not_fit_is_refused_by_layer(as_a_user, plan, message):
 def test_latency_is_seconds_of_a_pass_and_leaves_modes():
     net, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.rand(5, 3)
     net.train()
-    assert 0 < latency(net, x, repeats=3, warmup=0) < 1
+    assert 0 < latency(net, x, n_repeats=3, warmup=0) < 1
     assert all(m.training for m in net.modules()) and int(net[1].num_batches_tracked) == 0

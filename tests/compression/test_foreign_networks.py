@@ -88,7 +88,7 @@ def test_pruned_is_the_silenced_network_and_stands_alone(name: str):
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert found.params[1] < found.params[0] and found.macs[1] < found.macs[0]
     assert saved(found.model) < saved(net)
-    assert latency(found.model, IMAGES, repeats=1, warmup=0) > 0
+    assert latency(found.model, IMAGES, n_repeats=1, warmup=0) > 0
     assert type(found.model) is type(net)
     file = io.BytesIO()
     torch.save({"plan": found.plan, "state_dict": found.model.state_dict()}, file)
@@ -113,10 +113,10 @@ def test_scores_are_of_every_coupling_and_finite(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_bits_by_layer_and_back_from_the_file(name: str):
     net = build(name)
-    found = sensitivity(net, [(IMAGES, LABELS)], loss=lambda out, y: F.cross_entropy(out.logits, y))
+    found = sensitivity(net, [(IMAGES, LABELS)], loss_fn=lambda out, y: F.cross_entropy(out.logits, y))
     single = [
         sensitivity(net, [(IMAGES[i : i + 1], LABELS[i : i + 1])], estimator="batch",
-                    loss=lambda out, y: F.cross_entropy(out.logits, y)) for i in range(3)
+                    loss_fn=lambda out, y: F.cross_entropy(out.logits, y)) for i in range(3)
     ]  # fmt: skip
     for layer, trace in found.weight_trace.items():
         assert trace == pytest.approx(sum(s.weight_trace[layer] for s in single) / 3, rel=1e-3, abs=1e-9)

@@ -81,7 +81,7 @@ def test_against_a_linear_model_the_attack_reaches_the_closed_form(norm):
     size = margin.abs().sum() if norm == "linf" else margin.norm()
     logits = net(x)
     apart = torch.where(y == 0, 1, -1) * (logits[:, 1] - logits[:, 0]) + 0.2 * size
-    value = robust_loss(net, x, y, epsilon=0.2, step_size=0.1, n_steps=60, norm=norm, clip=None)
+    value = robust_loss(net, x, y, epsilon=0.2, step_size=0.1, n_steps=60, norm=norm, bounds=None)
     torch.testing.assert_close(value, F.softplus(apart).mean(), rtol=1e-6, atol=0)
 
 
@@ -159,7 +159,7 @@ def test_trades_climbs_the_divergence_and_the_others_the_loss_of_the_label():
     for kind in ("pgd", "mart", "trades"):
         net = Watch(network().double().eval())
         robust_loss(
-            net, x, y, kind=kind, epsilon=1.0, step_size=0.01, n_steps=1, clip=None, generator=seeded()
+            net, x, y, kind=kind, epsilon=1.0, step_size=0.01, n_steps=1, bounds=None, generator=seeded()
         )
         start = net.seen[kind == "trades"][0].requires_grad_()
         logits = net.inner(start)
@@ -187,7 +187,7 @@ def test_attacks_start_uniform_in_the_ball_or_for_trades_a_thousandth_away():
             epsilon=0.5,
             step_size=0.0,
             n_steps=1,
-            clip=None,
+            bounds=None,
             generator=seeded(),
         )
         starts[kind, norm] = net.seen[kind == "trades"][0]
@@ -210,7 +210,7 @@ def test_the_driver_meets_the_budget_and_zeros_stay(granularity):
     net, batch = network(20, 40).eval(), sample(60, 20)
     net[1].train()
     before = copy.deepcopy(net)
-    result = harp_prune(net, lambda: [batch], 0.2, loss=ATTACK, prune_epochs=30, finetune_epochs=10, gamma=0.5,
+    result = harp_prune(net, lambda: [batch], 0.2, loss_fn=ATTACK, prune_epochs=30, finetune_epochs=10, gamma=0.5,
                         granularity=granularity, generator=seeded())  # fmt: skip
     for a, b in zip(net.state_dict().values(), before.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -231,7 +231,7 @@ def test_the_driver_meets_the_budget_and_zeros_stay(granularity):
     assert len(history["finetune loss"]) == 10
     met = next(e for e in range(30) if round(history["compression loss"][e], 4) == 0)
     assert history["gamma"] == pytest.approx([0.5 * (min(e, met) + 1) for e in range(30)])
-    again = harp_prune(net, lambda: [batch], 0.2, loss=ATTACK, prune_epochs=30, finetune_epochs=10, gamma=0.5,
+    again = harp_prune(net, lambda: [batch], 0.2, loss_fn=ATTACK, prune_epochs=30, finetune_epochs=10, gamma=0.5,
                        granularity=granularity, generator=seeded())  # fmt: skip
     assert again.history == history
 
@@ -245,7 +245,7 @@ def scripted(losses):
 @pytest.mark.parametrize(("start", "best"), [(0.3, 3), (0.9, None)])
 def test_the_best_epoch_is_kept_of_those_within_the_budget_from_first_step_to_last(start, best):
     losses = [3.0, 1.0, 2.0, 0.5, 4.0, 6.0] if best else [float(epoch) for epoch in range(6)]
-    result = harp_prune(network(), lambda: [sample()], 0.5, start=start, loss=scripted(losses), prune_epochs=6,
+    result = harp_prune(network(), lambda: [sample()], 0.5, start=start, loss_fn=scripted(losses), prune_epochs=6,
                         finetune_epochs=0, gamma=1.5, lr=2.0, momentum=0.0, weight_decay=0.0)  # fmt: skip
     over = result.history["compression loss"]
     if best is None:  # the first epoch that ends within the budget has the least loss, of a larger network
@@ -271,7 +271,7 @@ def by_hand(groups, epochs, lr, momentum, value):
 
 def test_the_driver_is_sgd_on_a_cosine_and_decay_leaves_rates_alone():
     net, (x, y) = network(8, 9).double(), sample(20, 8, dtype=torch.float64)
-    options = {"loss": lambda net, x, y: F.cross_entropy(net(x), y), "prune_epochs": 5, "gamma": 0.4, "lr": 0.3,
+    options = {"loss_fn": lambda net, x, y: F.cross_entropy(net(x), y), "prune_epochs": 5, "gamma": 0.4, "lr": 0.3,
                "finetune_lr": 0.2, "momentum": 0.6, "weight_decay": 0.1, "start": 0.7}  # fmt: skip
     batches, rate = partial(list, [(x, y)]), 0.4
     with warnings.catch_warnings():
@@ -310,7 +310,7 @@ def test_the_driver_is_sgd_on_a_cosine_and_decay_leaves_rates_alone():
 
 def test_a_budget_that_was_not_met_is_met_by_one_shift_of_all_logits():
     net, batch = network(20, 40), sample(30, 20)
-    options = {"loss": ATTACK, "prune_epochs": 1, "finetune_epochs": 0, "gamma": 0.0}
+    options = {"loss_fn": ATTACK, "prune_epochs": 1, "finetune_epochs": 0, "gamma": 0.0}
     start = {"0": 0.3, "3": 0.6}
     with pytest.warns(UserWarning, match="no epoch met the budget"):
         result = harp_prune(net, lambda: [batch], 0.05, start=start, lr=1e-9, **options)
@@ -334,7 +334,7 @@ def test_the_driver_runs_in_inference_mode_and_with_any_loss():
     with torch.inference_mode():
         inside = [part.clone() for part in batch]
         result = harp_prune(net, lambda: [inside], 0.5, prune_epochs=2, finetune_epochs=1, start=0.5, gamma=1.0,
-                            loss=lambda net, x, y: F.cross_entropy(net(x), y))  # fmt: skip
+                            loss_fn=lambda net, x, y: F.cross_entropy(net(x), y))  # fmt: skip
     assert not result.model[0].weight.is_inference()
     assert len(result.history["finetune loss"]) == 1
 
@@ -446,10 +446,10 @@ PRUNE = partial(harp_prune, NET, lambda: [(X, Y)])
         (lambda: robust_loss(NET, X, Y, epsilon=-0.1), "epsilon must be at least 0"),
         (lambda: robust_loss(NET, X, Y, n_steps=0), "n_steps must be an integer of at least 1"),
         (lambda: robust_loss(NET, X, Y, beta=-1.0), "beta must be at least 0"),
-        (lambda: robust_loss(NET, 4 * X - 2, Y), r"x must be in clip = \(0, 1\), got values from -.* normalisation"),
-        (lambda: robust_loss(NET, X * math.nan, Y), "x must be in clip"),
-        (lambda: robust_loss(NET, X, Y, clip=(1.0, 0.0)), "clip must be .* low below high"),
-        (lambda: robust_loss(NET, X, Y, clip=0.5), "clip must be"),
+        (lambda: robust_loss(NET, 4 * X - 2, Y), r"x must be in bounds = \(0, 1\), got values from -.* normalisation"),
+        (lambda: robust_loss(NET, X * math.nan, Y), "x must be in bounds"),
+        (lambda: robust_loss(NET, X, Y, bounds=(1.0, 0.0)), "bounds must be .* low < high"),
+        (lambda: robust_loss(NET, X, Y, bounds=0.5), "bounds must be"),
         (lambda: robust_loss(NET, X[:0], Y[:0]), "x must have at least one sample"),
         (lambda: robust_loss(NET, X.long(), Y), "x must be a floating-point"),
         (lambda: robust_loss(NET, X, Y[:3]), r"y must have shape \(12\)"),
@@ -464,9 +464,9 @@ PRUNE = partial(harp_prune, NET, lambda: [(X, Y)])
         (lambda: harp_prune(NET, lambda: 3, 0.1), "batches must give an iterable"),
         (lambda: harp_prune(NET, lambda: [X], 0.1), "batches must give pairs"),
         (lambda: harp_prune(NET, (lambda once: lambda: once)(iter([(X, Y)])), 0.1), "none in pruning epoch 1"),
-        (lambda: PRUNE(0.1, loss=3), "loss must be callable"),
-        (lambda: PRUNE(0.1, loss=lambda net, x, y: net(x)), "loss must return a scalar"),
-        (lambda: PRUNE(0.1, loss=lambda net, x, y: net(x).sum() * math.nan), "loss must be finite, got nan in pruning epoch 0, step 0"),
+        (lambda: PRUNE(0.1, loss_fn=3), "loss_fn must be callable"),
+        (lambda: PRUNE(0.1, loss_fn=lambda net, x, y: net(x)), "loss_fn must return a scalar"),
+        (lambda: PRUNE(0.1, loss_fn=lambda net, x, y: net(x).sum() * math.nan), "loss_fn must be finite, got nan in pruning epoch 0, step 0"),
         (lambda: PRUNE(0.1, prune_epochs=0), "prune_epochs must be"),
         (lambda: PRUNE(0.1, finetune_epochs=-1), "finetune_epochs must be"),
         (lambda: PRUNE(0.1, lr=0.0), "lr must be greater than 0"),

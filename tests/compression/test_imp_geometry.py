@@ -206,7 +206,7 @@ def test_batch_norm_goes_back_too_and_is_never_masked():
     assert int(levels[1].state["1.num_batches_tracked"]) == 5
 
 
-def test_controls_draw_new_weights_or_go_on_from_where_they_are():
+def test_controls_draw_new_weights_or_go_on_from_where_they_are(monkeypatch):
     around = torch.random.get_rng_state()
     runs = {}
     for restart in ("reinitialise", "continue"):
@@ -231,6 +231,7 @@ def test_controls_draw_new_weights_or_go_on_from_where_they_are():
     after = torch.random.get_rng_state()
     net = mlp()
     assert torch.equal(net.state_dict()["0.weight"], expected)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs were reseeded"))
     iterative_pruning(
         net, Training(), rounds=1, restart="reinitialise", generator=torch.Generator().manual_seed(0)
     )

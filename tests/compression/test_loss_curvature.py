@@ -25,22 +25,24 @@ def regression(n=40, d=7):
 def test_linear_regression_has_the_eigenvalues_of_its_normal_matrix():
     net, batches, x = regression()
     full = 2 * x.T @ x / len(x)
-    found = hessian_spectrum(net, batches, loss=F.mse_loss, method="exact")
+    found = hessian_spectrum(net, batches, loss_fn=F.mse_loss, method="exact")
     torch.testing.assert_close(found.eigenvalues, torch.linalg.eigvalsh(full))
     assert torch.equal(found.weights, torch.ones(7, dtype=torch.float64))
     assert found.loss == pytest.approx(float((x @ net.weight.T + net.bias).detach().square().mean()))
     kept = torch.tensor([True, False, True, True, False, True, True])
-    part = hessian_spectrum(net, iter(batches), loss=F.mse_loss, mask={"weight": kept[None]}, method="exact")
+    part = hessian_spectrum(
+        net, iter(batches), loss_fn=F.mse_loss, mask={"weight": kept[None]}, method="exact"
+    )
     torch.testing.assert_close(part.eigenvalues, torch.linalg.eigvalsh(full[kept][:, kept]))
 
 
 def test_lanczos_of_as_many_steps_as_weights_is_exact_and_its_trace_is_within_sampling_error():
     net, batches, x = regression()
     exact = torch.linalg.eigvalsh(2 * x.T @ x / len(x))
-    one = hessian_spectrum(net, batches, loss=F.mse_loss, n_iter=50, n_probes=1, generator=draw())
+    one = hessian_spectrum(net, batches, loss_fn=F.mse_loss, n_iter=50, n_probes=1, generator=draw())
     torch.testing.assert_close(one.eigenvalues, exact)
     assert float(one.weights.sum()) == pytest.approx(7)
-    many = hessian_spectrum(net, batches, loss=F.mse_loss, n_iter=7, n_probes=100, generator=draw())
+    many = hessian_spectrum(net, batches, loss_fn=F.mse_loss, n_iter=7, n_probes=100, generator=draw())
     # the trace of a probe is D v'Av / v'v, with variance 2 D (tr A^2 - (tr A)^2 / D) / (D + 2)
     spread = math.sqrt(2 * 7 / 9 * float(exact.square().sum() - exact.sum() ** 2 / 7) / 100)
     assert abs(float(many.eigenvalues @ many.weights - exact.sum())) < 4 * spread
@@ -50,7 +52,7 @@ def test_lanczos_of_as_many_steps_as_weights_is_exact_and_its_trace_is_within_sa
 def test_each_eigenvalue_weighs_what_the_probes_have_of_it():
     net, batches, x = regression()
     _, vectors = torch.linalg.eigh(2 * x.T @ x / len(x))
-    found = hessian_spectrum(net, batches, loss=F.mse_loss, n_iter=7, n_probes=3, generator=draw(1))
+    found = hessian_spectrum(net, batches, loss_fn=F.mse_loss, n_iter=7, n_probes=3, generator=draw(1))
     generator, share = draw(1), 0
     for _ in range(3):
         probe = torch.randn(7, generator=generator).double()
@@ -64,7 +66,7 @@ def test_no_eigenvalue_comes_twice_after_many_steps():
     net = nn.Linear(60, 1, bias=False).double()
     x = torch.diag(scale)
     found = hessian_spectrum(
-        net, [(x, torch.zeros(60, 1).double())], loss=F.mse_loss, n_iter=50, n_probes=1, generator=draw()
+        net, [(x, torch.zeros(60, 1).double())], loss_fn=F.mse_loss, n_iter=50, n_probes=1, generator=draw()
     )
     expected = (2 * scale**2 / 60)[:15].flip(0)
     torch.testing.assert_close(found.eigenvalues[-15:], expected, rtol=1e-6, atol=0)
@@ -74,7 +76,7 @@ def test_lanczos_stops_where_the_krylov_space_ends():
     net = nn.Linear(30, 1, bias=False)
     x = torch.zeros(5, 30)
     x[:, :2] = torch.randn(5, 2, generator=draw())
-    found = hessian_spectrum(net, [(x, torch.zeros(5, 1))], loss=F.mse_loss, n_probes=1, generator=draw())
+    found = hessian_spectrum(net, [(x, torch.zeros(5, 1))], loss_fn=F.mse_loss, n_probes=1, generator=draw())
     assert len(found.eigenvalues) == 3  # two directions, and all others
     expected = torch.linalg.eigvalsh(2 * x[:, :2].double().T @ x[:, :2].double() / 5)
     torch.testing.assert_close(found.eigenvalues[1:], expected, rtol=1e-5, atol=0)
@@ -148,7 +150,7 @@ def test_recurrent_networks_are_looked_at_without_batched_products():
 def test_a_loss_that_is_linear_in_the_weights_has_no_curvature():
     net, x = nn.Linear(3, 1), torch.randn(4, 3)
     for method in ("exact", "lanczos"):
-        found = hessian_spectrum(net, [(x, x)], loss=lambda out, _: out.mean(), method=method)
+        found = hessian_spectrum(net, [(x, x)], loss_fn=lambda out, _: out.mean(), method=method)
         assert not found.eigenvalues.any()
         assert float(found.weights.sum()) == pytest.approx(3)
 
@@ -274,8 +276,8 @@ def spectrum(batches=((X, Y),), model=NET, **settings):
         (lambda: spectrum(()), "batches must have at least one sample, got none"),
         (lambda: spectrum([(X[:0], Y[:0])]), "batches must have samples"),
         (lambda: spectrum([X]), "batches must give pairs of inputs and targets, got Tensor"),
-        (lambda: spectrum([(X, Y), (X * math.nan, Y)]), "loss must be finite, got nan on batch 1"),
-        (lambda: spectrum(loss=lambda out, _: out), r"loss must return a scalar, the mean over a batch, got \(4, 2\)"),
+        (lambda: spectrum([(X, Y), (X * math.nan, Y)]), "loss_fn must be finite, got nan on batch 1"),
+        (lambda: spectrum(loss_fn=lambda out, _: out), "loss_fn must return a scalar tensor, got .*4, 2"),
         (lambda: spectrum(model=nn.Flatten()), "model must have a layer"),
         (lambda: prunable_fraction(torch.ones(3), torch.ones(3), 0.0), "epsilon must be greater than 0, got 0"),
         (lambda: prunable_fraction(torch.ones(3), torch.ones(3), math.nan), "epsilon must be greater than 0"),

@@ -281,7 +281,7 @@ def seen(resample, y=None, **options):
 
 def test_members_differ_in_seed_and_in_the_rows_that_the_scheme_draws():
     for resample in ("none", "bootstrap", "split"):
-        out = seen(resample, n_members=6)
+        out = seen(resample, n_models=6)
         assert out.shape == (6, 2, 31)
         assert len(set(out[:, 0, -1].tolist())) == 6
         counts = out[:, 0, :-1]
@@ -297,9 +297,9 @@ def test_members_differ_in_seed_and_in_the_rows_that_the_scheme_draws():
 
 def test_a_random_state_decides_all_and_earlier_members_do_not_depend_on_later_ones():
     for resample in ("none", "bootstrap", "split"):
-        assert torch.equal(seen(resample, n_members=5), seen(resample, n_members=7)[:5])
-    other = ensemble_predictions(rows_seen, DATA, np.arange(30) % 3, DATA[:2], n_members=5, random_state=1)
-    assert not torch.equal(other, seen("bootstrap", n_members=5))
+        assert torch.equal(seen(resample, n_models=5), seen(resample, n_models=7)[:5])
+    other = ensemble_predictions(rows_seen, DATA, np.arange(30) % 3, DATA[:2], n_models=5, random_state=1)
+    assert not torch.equal(other, seen("bootstrap", n_models=5))
 
 
 @pytest.mark.parametrize("resample", ["bootstrap", "split"])
@@ -307,11 +307,11 @@ def test_every_resample_has_every_class_even_rare_ones(resample):
     y = np.zeros(30, dtype=int)
     y[[3, 11]] = 1  # a bootstrap lacks them in one draw of eight, a half in one of two
     y[[4, 20]] = 2
-    counts = seen(resample, y, n_members=40)[:, 0, :-1]
+    counts = seen(resample, y, n_models=40)[:, 0, :-1]
     assert (counts[:, [3, 11]].sum(1) > 0).all()
     assert (counts[:, [4, 20]].sum(1) > 0).all()
     everything = np.arange(30) // 2  # no bootstrap at random has all fifteen: class by class
-    counts = seen(resample, everything, n_members=4)[:, 0, :-1]
+    counts = seen(resample, everything, n_models=4)[:, 0, :-1]
     assert (counts.reshape(4, 15, 2).sum(2) > 0).all()
 
 
@@ -330,7 +330,7 @@ def test_tensors_frames_and_sparse_matrices_come_as_they_are():
         (torch.from_numpy(DATA), torch.from_numpy(y)), (pd.DataFrame(DATA), pd.Series(y, index=range(5, 35))),
         (csr_matrix(DATA), y), (DATA, y.astype(str)),
     ):  # fmt: skip
-        out = ensemble_predictions(fit, X, labels_, X, n_members=1, random_state=0)
+        out = ensemble_predictions(fit, X, labels_, X, n_models=1, random_state=0)
         assert kinds.pop() == (type(X), type(labels_), (30, 1))
         assert out.shape == (1, 30, 2) and not out.requires_grad
 
@@ -398,7 +398,7 @@ def ensemble(**options):
         (lambda: ensemble(resample="split", n_splits=1), r"n_splits must be in 2..10, the examples of the smallest"),
         (lambda: ensemble(resample="split", n_splits=11), r"n_splits must be in 2..10"),
         (lambda: ensemble(resample="jackknife"), "resample must be one of"),
-        (lambda: ensemble(n_members=0), "n_members must be an integer of at least 1"),
+        (lambda: ensemble(n_models=0), "n_models must be an integer of at least 1"),
         (lambda: ensemble(random_state=-1), "random_state must be an integer of at least 0"),
         (lambda: ensemble(y=np.zeros(3)), r"y must hold a label for each of the 30 rows of X"),
         (lambda: ensemble(X=3.0), "X and X_test must be tensors, arrays or tables"),

@@ -67,7 +67,7 @@ def test_labels_are_those_of_a_double_loop_ties_among_them(metric, dtype, make):
     ks = (1, 7, 40)
     for k, expected in zip(ks, by_hand(features, y, test, ks, metric), strict=True):
         for chunk in (4096, 7):
-            assert torch.equal(knn_predict(features, y, test, k=k, metric=metric, chunk=chunk), expected)
+            assert torch.equal(knn_predict(features, y, test, k=k, metric=metric, chunk_size=chunk), expected)
     assert y.bincount().topk(2).values.diff() < 0 and (expected == y.bincount().argmax()).all()
 
 
@@ -77,7 +77,7 @@ def test_samples_agree_with_scikit_learn_where_products_of_float32_choose_candid
     features, test, y = normal(700, 24) + offset, normal(200, 24, seed=1) + offset, labels(700)
     peer = KNeighborsClassifier(1, metric=metric, algorithm="brute").fit(features.double(), y)
     for chunk in (4096, 130):
-        got = knn_predict(features, y, test, k=1, metric=metric, chunk=chunk)
+        got = knn_predict(features, y, test, k=1, metric=metric, chunk_size=chunk)
         assert np.array_equal(got.numpy(), peer.predict(test.double()))
 
 
@@ -181,7 +181,7 @@ def test_leaving_one_out_is_a_call_without_each_sample(metric, make):
             found = knn_predict(features[kept], y[kept], features[i : i + 1], k=k, metric=metric)
             right += int(found[0] == y[i])
         for chunk in (4096, 9):
-            assert float(knn_probe(features, y, k=k, metric=metric, chunk=chunk)) == right / 30
+            assert float(knn_probe(features, y, k=k, metric=metric, chunk_size=chunk)) == right / 30
 
 
 def test_accuracy_is_the_share_of_labels_found_and_one_for_duplicates():
@@ -414,7 +414,7 @@ def profile(layers=("0",), x=F, k=2, **options):
         (lambda: knn_predict(F, Y, F / 0, k=1), "features_test must be finite"),
         (lambda: knn_predict(F * torch.nan, Y, F, k=1), "features must be finite"),
         (lambda: knn_predict(F, Y, F, k=1, metric="dot"), "metric must be one of 'cosine', 'euclidean'"),
-        (lambda: knn_predict(F, Y, F, k=1, chunk=0), "chunk must be an integer of at least 1"),
+        (lambda: knn_predict(F, Y, F, k=1, chunk_size=0), "chunk_size must be an integer of at least 1"),
         (lambda: knn_probe(F, Y, F), "features_test and y_test must be given together, got no y_test"),
         (lambda: knn_probe(F, Y, y_test=Y), "given together, got no features_test"),
         (lambda: knn_probe(F, Y, F[:0], Y[:0], k=1), "features_test must have at least one row"),

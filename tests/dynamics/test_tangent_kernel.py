@@ -46,6 +46,21 @@ class Words(nn.Module):
         return self.head(self.table(ids).tanh().mean(1))
 
 
+class TooLarge(nn.Module):
+    """Runs out of memory where many samples come at once."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        try:
+            float(x.detach().sum())  # which vmap refuses
+        except RuntimeError as error:
+            raise torch.OutOfMemoryError("out of memory") from error
+        return self.net(x)
+
+
 def frozen():
     inner = nn.Sequential(nn.Linear(5, 3), nn.ReLU(inplace=True))
     net = nn.Sequential(nn.Linear(4, 5), nn.GELU(), inner, nn.Linear(3, 2))
@@ -111,6 +126,11 @@ def test_is_the_product_of_jacobians_in_whatever_blocks(name, monkeypatch):
     kernel = empirical_ntk(model, x)
     torch.testing.assert_close(kernel, kernel.T)
     assert torch.linalg.eigvalsh(kernel).min() > -1e-12 * kernel.trace()
+
+
+def test_running_out_of_memory_is_said_and_no_reason_for_the_slow_loop():
+    with pytest.raises(torch.OutOfMemoryError):
+        empirical_ntk(seeded(lambda: TooLarge(nn.Linear(4, 2))), randn(3, 4))
 
 
 @pytest.mark.parametrize("name", ROWS)

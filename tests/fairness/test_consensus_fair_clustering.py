@@ -294,6 +294,14 @@ def test_the_best_start_by_balance_is_kept_and_no_more_are_made_than_needed(monk
     assert len(made) == 6 or ranks[-1][1] >= 0.5
 
 
+def test_a_fit_on_the_cpu_leaves_torchs_own_state_on_every_device(monkeypatch):
+    X, _, groups = grouped(40)
+    before = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs were reseeded"))
+    ConsensusFairClustering(3, **{**SMALL, "epochs": 1}, n_init=1).fit(X, sensitive_features=groups)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_coassociation_and_a_reference_may_be_given_and_the_training_is_then_the_same():
     X, _, groups = grouped(40)
     options = {**SMALL, "epochs": 10, "n_init": 1, "random_state": 0}

@@ -73,7 +73,7 @@ def test_a_lone_last_row_is_left_out_and_single_rows_are_trained_on_where_they_a
         net, seen = nn.Linear(3, 2), []
         local_sgd(
             net, rows(0, n), torch.Generator().manual_seed(0), batch_size=batch_size,
-            loss=lambda out, y: (seen.append(len(y)), F.cross_entropy(out, y))[1],
+            loss_fn=lambda out, y: (seen.append(len(y)), F.cross_entropy(out, y))[1],
         )  # fmt: skip
         return seen
 
@@ -103,10 +103,20 @@ def test_a_seed_is_a_run_and_rounds_draw_who_takes_part():
     assert len(set(seen)) > 2
 
 
-def test_layers_that_draw_by_themselves_leave_the_global_generator_as_it_was():
+def test_layers_that_draw_by_themselves_leave_the_generators_of_all_devices_as_they_were(monkeypatch):
     net, before = network(), torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs were reseeded"))
     federate(net, [rows(0)], rounds=2, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_are_ordered_on_the_device_of_the_generator(monkeypatch):
+    places, draw = [], torch.randperm
+    monkeypatch.setattr(
+        torch, "randperm", lambda *n, **how: places.append(how.get("device")) or draw(*n, **how)
+    )
+    local_sgd(nn.Linear(3, 2), rows(0), torch.Generator())
+    assert places == [torch.device("cpu")]
 
 
 def test_what_is_trained_under_no_grad_or_inference_mode_is_the_same():

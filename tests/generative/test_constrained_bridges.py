@@ -256,12 +256,12 @@ def test_any_bounded_network_ends_in_the_domain(domain, method):
         assert ((raw - made).norm(dim=1) < 0.05).float().mean() >= 0.99
 
 
-@pytest.mark.parametrize("parameterization", ["drift", "force", "tilt"])
-def test_exact_drift_of_a_known_law_reproduces_it(parameterization):
+@pytest.mark.parametrize("parametrization", ["drift", "force", "tilt"])
+def test_exact_drift_of_a_known_law_reproduces_it(parametrization):
     """The drift is the target at the posterior mean over the atoms."""
-    p, n = torch.tensor([0.6, 0.1, 0.2, 0.1]), 4000 if parameterization == "drift" else 2000
+    p, n = torch.tensor([0.6, 0.1, 0.2, 0.1]), 4000 if parametrization == "drift" else 2000
     points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
-    bridge = ConstrainedBridge(Points(points), 2, parameterization=parameterization)
+    bridge = ConstrainedBridge(Points(points), 2, parametrization=parametrization)
 
     def net(z, t):
         left = (bridge.beta(torch.ones_like(t)) - bridge.beta(t))[:, None]
@@ -269,16 +269,16 @@ def test_exact_drift_of_a_known_law_reproduces_it(parameterization):
         logs = -(z[:, None] - points).square().sum(2) / (2 * left) + points.square().sum(1) / (2 * all_left)
         mean = (logs + p.log()).softmax(1) @ points
         u = bridge.target(z, t, mean)
-        return u if parameterization == "drift" else u / bridge.sigma2(t).sqrt()[:, None]
+        return u if parametrization == "drift" else u / bridge.sigma2(t).sqrt()[:, None]
 
     if (
-        parameterization == "tilt"
+        parametrization == "tilt"
     ):  # <l, x> over these points is log p and what the zero point's distance lacks
         wanted = p.log() + points.square().sum(1) / (2 * (1 - math.exp(-3)))
         tilt = torch.linalg.lstsq(points[1:3], (wanted[1:3] - wanted[0])[:, None]).solution[:, 0]
         p = (points @ tilt - points.square().sum(1) / (2 * (1 - math.exp(-3)))).softmax(0)
         net = Tilt(tilt)
-    made = bridge.sample(net, n, n_steps=200 if parameterization == "drift" else 50, generator=rng())
+    made = bridge.sample(net, n, n_steps=200 if parametrization == "drift" else 50, generator=rng())
     frequency = (made[:, None] == points).all(2).float().mean(0)
     assert (frequency - p).abs().sum() / 2 < 0.05
 
@@ -321,11 +321,11 @@ def test_paths_to_a_single_point_are_those_of_the_bridge(method, n_steps, slack)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("parameterization", ["drift", "force", "tilt"])
-def test_loss_is_its_formula(parameterization, reduction):
+@pytest.mark.parametrize("parametrization", ["drift", "force", "tilt"])
+def test_loss_is_its_formula(parametrization, reduction):
     """Between u and the target where the network looked; for "force" between u and target over sigma."""
     domain, seen = DOMAINS["product"], []
-    bridge = ConstrainedBridge(domain, 13, parameterization=parameterization)
+    bridge = ConstrainedBridge(domain, 13, parametrization=parametrization)
 
     def net(x, t):
         seen[:] = [x, t]
@@ -335,7 +335,7 @@ def test_loss_is_its_formula(parameterization, reduction):
     found = bridge.loss(net, x1, reduction=reduction, generator=rng())
     z, t = seen
     error = bridge.drift(net, z, t) - bridge.target(z, t, x1)
-    if parameterization == "force":
+    if parametrization == "force":
         error = error / bridge.sigma2(t).sqrt()[:, None]
     each = error.square()
     expected = {"mean": each.mean(), "sum": each.sum(), "none": each.mean(1)}[reduction]
@@ -430,7 +430,7 @@ OFF = torch.tensor([[0.5, 1.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.0]])
         (lambda: ConstrainedBridge(ROW, 4, b=-1.0), "b must be in .* got -1.0"),
         (lambda: ConstrainedBridge(ROW, 4, c=-0.1), "c must be at least 0, got -0.1"),
         (lambda: ConstrainedBridge(ROW, 4, t_max=1.0), r"t_max must be in \(0, 1\), got 1.0"),
-        (lambda: ConstrainedBridge(ROW, 4, parameterization="score"), "parameterization must be one of"),
+        (lambda: ConstrainedBridge(ROW, 4, parametrization="score"), "parametrization must be one of"),
         (lambda: ConstrainedBridge(ROW, 4, source=3), "source must be a callable"),
         (lambda: BRIDGE.loss(zero, OFF), r"x1 must be in the domain .*, got 0.5 in column 1 of row 1"),
         (lambda: BRIDGE.loss(zero, X * math.nan), "x1 must be in the domain .*, got nan in column 0 of row 0"),

@@ -329,13 +329,13 @@ def test_queries_in_chunks_are_the_queries_at_once(sampler):
     reads = []
     hook = net.reader.register_forward_hook(lambda *_: reads.append(1))
     for asked in (net, wrapped):
-        parts = process.sample(asked, line(20).float(), 1, query_chunk=7, generator=rng(), **options)
+        parts = process.sample(asked, line(20).float(), 1, chunk_size=7, generator=rng(), **options)
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
     hook.remove()
     assert len(reads) == 3 + wrapped.calls == 3 + 9, "a FieldNet reads its context once a step"
     net.register_forward_hook(lambda *_: reads.append(1))
     reads.clear()
-    process.sample(net, line(20).float(), 1, query_chunk=7, generator=rng(), **options)
+    process.sample(net, line(20).float(), 1, chunk_size=7, generator=rng(), **options)
     assert len(reads) == 9, "hooks are called"
 
 
@@ -348,7 +348,7 @@ def test_conditions_reach_the_network_and_its_mode_is_kept():
             return x
 
     net, process = Labelled(), FieldDiffusion(n_steps=2)
-    process.sample(net, line(4), 1, 3, cond={"label": labels}, query_chunk=2)
+    process.sample(net, line(4), 1, 3, cond={"label": labels}, chunk_size=2)
     process.loss(net.eval(), normal(3, 4, 1), line(4), cond={"label": labels})
     assert all(torch.equal(label, labels) for label, _ in got)
     assert [mode for _, mode in got] == [True] * 4 + [False]
@@ -488,7 +488,7 @@ def sample(coords=C, n_values=2, n=4, net=silent, **options):
         (lambda: sample(n_steps=11, sampler="ddim"), "n_steps must be at most 10 for sampler 'ddim', got 11"),
         (lambda: sample(n_steps=0, sampler="ddim"), "n_steps must be an integer of at least 1, got 0"),
         (lambda: sample(sampler="heun"), "sampler must be one of 'ddpm', 'ddim', got 'heun'"),
-        (lambda: sample(query_chunk=0), "query_chunk must be an integer of at least 1, got 0"),
+        (lambda: sample(chunk_size=0), "chunk_size must be an integer of at least 1, got 0"),
         (lambda: sample(cond={"y": torch.zeros(3)}), r"cond\['y'\] must have first dimension 4, got \(3,\)"),
     ],
 )  # fmt: skip

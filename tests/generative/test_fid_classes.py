@@ -281,7 +281,7 @@ def test_alignment_in_closed_form_is_where_the_top_1_problem_is_stationary():
     assert slope.abs().max() < 1e-10
     start = sample_influence(feature_stats(one_hot[real]), one_hot[generated])
     assert start.abs().max() > 1e-4
-    found = resample_weights(one_hot[real], one_hot[generated], n_iter=400).log_weights.exp()
+    found = resample_weights(one_hot[real], one_hot[generated], max_iter=400).log_weights.exp()
     assert (found - logs.detach().exp()).abs().max() < 0.05
 
 
@@ -290,7 +290,7 @@ def test_alignment_in_closed_form_is_where_the_top_1_problem_is_stationary():
 
 def test_candidates_that_contain_the_real_set_are_found():
     real = draw(60)
-    found = resample_weights(real, torch.cat([real, draw(200, seed=1, shift=1.0)]), n_iter=300)
+    found = resample_weights(real, torch.cat([real, draw(200, seed=1, shift=1.0)]), max_iter=300)
     assert found.history.min() < 0.05 * found.history[0]
     assert float(found.log_weights.exp().sum()) == pytest.approx(260)
     drawn = found.sample(10_000, generator=torch.Generator().manual_seed(0))
@@ -301,7 +301,7 @@ def test_candidates_that_contain_the_real_set_are_found():
 @pytest.mark.parametrize(("optimizer", "lr"), [("adam", 0.05), ("adam", 5.0), ("sgd", 1e4)])
 def test_never_ends_above_its_start_and_returns_what_its_history_says(optimizer, lr):
     real, generated = draw(40), draw(70, seed=1, shift=0.5)
-    found = resample_weights(real, generated, n_iter=12, lr=lr, optimizer=optimizer)
+    found = resample_weights(real, generated, max_iter=12, lr=lr, optimizer=optimizer)
     value = float(frechet_distance(feature_stats(real), feature_stats(generated, found.log_weights)))
     assert value == pytest.approx(float(found.history.min()), rel=1e-9)
     assert float(found.history[0]) == pytest.approx(float(fid(real, generated)), rel=1e-10)
@@ -310,7 +310,7 @@ def test_never_ends_above_its_start_and_returns_what_its_history_says(optimizer,
 
 def test_plain_descent_is_that_of_autograd():
     real, generated = draw(30), draw(50, seed=1, shift=0.5)
-    found = resample_weights(real, generated, n_iter=5, lr=1.0, optimizer="sgd")
+    found = resample_weights(real, generated, max_iter=5, lr=1.0, optimizer="sgd")
     logs = torch.zeros(50).double()
     for _ in range(5):
         logs.requires_grad_()
@@ -329,16 +329,16 @@ def test_adam_is_torchs_and_does_not_know_units():
         frechet_distance(feature_stats(real), feature_stats(generated, logs)).backward()
         adam.step()
         logs.data += math.log(50) - logs.data.logsumexp(0)
-    found = resample_weights(real, generated, n_iter=5)
+    found = resample_weights(real, generated, max_iter=5)
     torch.testing.assert_close(found.log_weights, logs.detach(), rtol=1e-5, atol=1e-6)
     for unit in (1e-12, 1e12):
-        torch.testing.assert_close(resample_weights(unit * real, unit * generated, n_iter=5)[0], found[0])
+        torch.testing.assert_close(resample_weights(unit * real, unit * generated, max_iter=5)[0], found[0])
 
 
 def test_stops_where_ten_steps_gained_no_more_than_tol():
     real, generated = draw(40), draw(70, seed=1, shift=0.5)
-    long = resample_weights(real, generated, n_iter=100).history
-    short = resample_weights(real, generated, n_iter=100, tol=0.3).history
+    long = resample_weights(real, generated, max_iter=100).history
+    short = resample_weights(real, generated, max_iter=100, tol=0.3).history
     assert torch.equal(long[: len(short)], short)
     best = long.cummin(0).values
     first = next(k for k in range(10, 101) if best[k] > 0.7 * best[k - 10])
@@ -349,7 +349,7 @@ def test_classes_in_the_middle_of_random_logits_do_not_help():
     rng = torch.Generator().manual_seed(0)
     logits = [torch.randn(n, 20, generator=rng) for n in (200, 600)]
     real, generated = draw(200), draw(600, seed=1, shift=0.3)
-    found = resample_weights(*class_indicators(*logits, 3, which="middle"), n_iter=50)
+    found = resample_weights(*class_indicators(*logits, 3, which="middle"), max_iter=50)
     assert found.history.min() < 0.5 * found.history[0]  # aligned they are
     stats = feature_stats(generated, found.log_weights)
     assert frechet_distance(feature_stats(real), stats) > 0.9 * fid(real, generated)
@@ -429,7 +429,7 @@ TWICE = nn.ReLU()
         (lambda: match_class_histogram(CLASSES, CLASSES, n_classes=0), "n_classes must be an integer"),
         (lambda: resample_weights(X, X[:, :2]), r"generated must have shape \(any, 3\) for real"),
         (lambda: resample_weights(X[:1], X), "real must have at least 2 samples"),
-        (lambda: resample_weights(X, X, n_iter=0), "n_iter must be an integer"),
+        (lambda: resample_weights(X, X, max_iter=0), "max_iter must be an integer"),
         (lambda: resample_weights(X, X, lr=0.0), "lr must be greater than 0"),
         (lambda: resample_weights(X, 9 * X, lr=1e308, optimizer="sgd"), "lr must be smaller, weights are no longer finite"),
         (lambda: resample_weights(X, X, tol=-1.0), "tol must be at least 0"),

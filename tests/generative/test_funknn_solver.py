@@ -83,7 +83,7 @@ def test_an_image_of_the_same_size_is_itself_and_parts_make_the_whole():
     torch.testing.assert_close(upsample(plain(3), image, (6, 8)), image, rtol=0, atol=1e-12)
     net = bent(3)
     whole = upsample(net, image, (9, 20))
-    torch.testing.assert_close(upsample(net, image, (9, 20), chunk=7), whole)
+    torch.testing.assert_close(upsample(net, image, (9, 20), chunk_size=7), whole)
     direct = net(image, pixel_grid(9, 20, dtype=torch.float64))
     torch.testing.assert_close(whole, direct.transpose(1, 2).reshape(2, 3, 9, 20).detach())
     assert not whole.requires_grad
@@ -154,7 +154,7 @@ def test_a_linear_problem_with_a_linear_decoder_has_its_least_squares_solution()
     flags = [p.requires_grad for p in (*net.parameters(), *decoder.parameters())]
     state = copy.deepcopy(net.state_dict())
     found = solve_continuous(
-        net, measure, y, latent=torch.zeros(3).double(), decoder=decode, size=7, steps=200, lr=5e-2
+        net, measure, y, latent=torch.zeros(3).double(), decoder=decode, size=7, n_steps=200, lr=5e-2
     )
     np.testing.assert_allclose(found.latent, expected, atol=1e-4)
     assert found.image.shape == (1, 1, 7, 7)
@@ -169,7 +169,7 @@ def test_priors_weigh_as_they_say():
     """mean (z - y)^2 + w |z|^2 over 4 pixels is least at y / (1 + 4 w)."""
     at, y = pixel_grid(2, dtype=torch.float64), rand(1, 4, 1)
     found = solve_continuous(
-        plain(), lambda f: f(at), y, latent=torch.zeros(1, 1, 2, 2).double(), steps=200, lr=5e-2,
+        plain(), lambda f: f(at), y, latent=torch.zeros(1, 1, 2, 2).double(), n_steps=200, lr=5e-2,
         prior=lambda z: z.square().sum(), prior_weight=0.25,
     )  # fmt: skip
     torch.testing.assert_close(found.latent.flatten(), y.flatten() / 2, rtol=0, atol=1e-4)
@@ -180,7 +180,7 @@ def test_total_variation_is_the_mean_size_of_the_gradient():
     ramp = torch.arange(8.0).double().expand(1, 1, 8, 8)
     at, inner = pixel_grid(8, dtype=torch.float64), 0.2 * (2 * rand(1, 5, 2) - 1)
     found = solve_continuous(
-        plain(), lambda f: f(at), ramp.reshape(1, 64, 1), latent=ramp, coords=inner, steps=1, tv=0.5
+        plain(), lambda f: f(at), ramp.reshape(1, 64, 1), latent=ramp, coords=inner, n_steps=1, tv=0.5
     )
     assert found.losses.tolist() == pytest.approx([0.5 * 4])
 
@@ -190,7 +190,7 @@ def test_refining_trains_a_copy_of_the_decoder():
     decoder[0].bias.requires_grad_(False)
     net, at, y = plain().train(), pixel_grid(4, dtype=torch.float64), rand(1, 16, 1)
     state = copy.deepcopy(decoder.state_dict())
-    options = {"latent": torch.zeros(1, 2).double(), "decoder": decoder, "steps": 20}
+    options = {"latent": torch.zeros(1, 2).double(), "decoder": decoder, "n_steps": 20}
     without = solve_continuous(net, lambda f: f(at), y, **options)
     found = solve_continuous(net, lambda f: f(at), y, **options, refine_steps=150, refine_lr=3e-2)
     torch.testing.assert_close(found.latent, without.latent)
@@ -218,7 +218,7 @@ def test_a_failing_measurement_leaves_all_as_it_was():
 
 def test_it_runs_where_gradients_are_switched_off():
     at = pixel_grid(3, dtype=torch.float64)
-    options = {"latent": torch.zeros(1, 1, 3, 3).double(), "steps": 5}
+    options = {"latent": torch.zeros(1, 1, 3, 3).double(), "n_steps": 5}
     expected = solve_continuous(plain(), lambda f: f(at), torch.ones(1, 9, 1), **options)
     for mode in (torch.no_grad, torch.inference_mode):
         net = plain()
@@ -232,7 +232,7 @@ NET, AT = FunkNN(3, hidden=[2], patch_size=1), pixel_grid(2)
 
 
 def solve(measure=lambda f: f(AT), y=Y, net=NET, **options):
-    return solve_continuous(net, measure, y, **({"latent": Z, "steps": 1} | options))
+    return solve_continuous(net, measure, y, **({"latent": Z, "n_steps": 1} | options))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def solve(measure=lambda f: f(AT), y=Y, net=NET, **options):
         (lambda: upsample(NET, IMAGES, (3,)), r"size must be height and width or an integer, got \(3,\)"),
         (lambda: upsample(NET, IMAGES, None), "size must be height and width or an integer, got None"),
         (lambda: upsample(NET, IMAGES, 4, factor=1), "factor must be an integer of at least 2, got 1"),
-        (lambda: upsample(NET, IMAGES, 4, chunk=0), "chunk must be an integer of at least 1, got 0"),
+        (lambda: upsample(NET, IMAGES, 4, chunk_size=0), "chunk_size must be an integer of at least 1, got 0"),
         (lambda: upsample(lambda x, at: at[:, :1], IMAGES, 4), r"net\(image, coords\) must have shape \(2, 16, any\)"),
         (lambda: solve(y=None), "y must be a floating-point tensor, got NoneType"),
         (lambda: solve(y=Y * torch.nan), "y must be finite"),
@@ -265,7 +265,7 @@ def solve(measure=lambda f: f(AT), y=Y, net=NET, **options):
         (lambda: solve(tv=-1.0), "tv must be at least 0, got -1.0"),
         (lambda: solve(size=0), "size must be an integer of at least 1, got 0"),
         (lambda: solve(coords=AT[0]), r"coords must have shape \(any, any, 2\)"),
-        (lambda: solve(steps=-1), "steps must be an integer of at least 0, got -1"),
+        (lambda: solve(n_steps=-1), "n_steps must be an integer of at least 0, got -1"),
         (lambda: solve(lr=0.0), "lr must be greater than 0, got 0.0"),
         (lambda: solve(prior_weight=-1.0), "prior_weight must be at least 0, got -1.0"),
         (lambda: solve(refine_steps=1), "decoder must be a module for refine_steps, got NoneType"),

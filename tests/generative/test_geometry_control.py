@@ -261,10 +261,10 @@ def test_images_do_not_depend_on_the_order_of_faces_nor_on_chunks():
     albedo = torch.rand(len(mesh.faces), 3, generator=seeded())
     order = torch.randperm(len(mesh.faces), generator=seeded())
     one = render(mesh, pose, albedo=albedo)
-    other = render(mesh._replace(faces=mesh.faces[order]), pose, albedo=albedo[order], chunk=2)
+    other = render(mesh._replace(faces=mesh.faces[order]), pose, albedo=albedo[order], chunk_size=2)
     assert torch.equal(one.image, other.image) and torch.equal(one.depth, other.depth)
     assert torch.equal(one.faces[one.mask], order[other.faces[other.mask]])
-    for a, b in zip(one, render(mesh, pose, albedo=albedo, chunk=1), strict=True):
+    for a, b in zip(one, render(mesh, pose, albedo=albedo, chunk_size=1), strict=True):
         assert torch.equal(a, b)
 
 
@@ -290,7 +290,7 @@ def test_narrow_meshes_are_rendered_in_float32(as_a_user, dtype):
     assert found.image.dtype == dtype and torch.equal(found.faces, expected.faces)
     assert torch.equal(found.image, expected.image.to(dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(render(mesh, pose).image, render(mesh, pose, chunk=1).image)
+        assert torch.equal(render(mesh, pose).image, render(mesh, pose, chunk_size=1).image)
         again = pose_error(pose, pose._replace(azimuth=pose.azimuth + 0.1))
     torch.testing.assert_close(again, pose_error(pose, pose._replace(azimuth=pose.azimuth + 0.1)))
     low = type(pose)(*(part.to(dtype) for part in pose))
@@ -404,7 +404,7 @@ def test_refuses_a_bad_mesh_by_name(as_a_user, change, message):
         ({"light": 3}, "light must be three numbers"),
         ({"albedo": torch.ones(5, 3)}, r"albedo must have shape \(12, 3\)"),
         ({"albedo": 2 * torch.ones(12, 3)}, r"albedo must be in \[0, 1\]"),
-        ({"chunk": 0}, "chunk must be an integer of at least 1"),
+        ({"chunk_size": 0}, "chunk_size must be an integer of at least 1"),
         (
             {"pose": FRONT._replace(distance=torch.tensor([1.05]))},
             "distance must be greater than 1.05, got 1.05",

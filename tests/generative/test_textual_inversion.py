@@ -34,7 +34,7 @@ def pair(tiny):
 
 @pytest.fixture(scope="module")
 def images():
-    return shapes(5, colours=["orange"], kinds=["ring"], generator=seeded())[0]
+    return shapes(5, colors=["orange"], kinds=["ring"], generator=seeded())[0]
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def test_diffusers_reads_the_file_and_tells_the_model_the_same(tiny, tmp_path, n
 
 def test_shapes_are_where_and_of_the_colour_that_the_caption_says():
     images, captions = shapes(
-        8, colours=["blue"], kinds=["circle"], places=["on the left"], generator=seeded()
+        8, colors=["blue"], kinds=["circle"], places=["on the left"], generator=seeded()
     )
     assert set(captions) == {"a photo of a blue circle on the left"}
     ink = (images - images[:, :, :1, :1]).abs().sum(1)

@@ -312,11 +312,11 @@ def test_training_on_narrow_numbers_trains(dtype):
     assert 0 <= graphs.fit_node_classifier(net, z.to(dtype), links, y, *masks, num_steps=2, lr=0.01).val <= 1
     model = graphs.TBGRL(graphs.GCNEncoder(6, 8, 8), 8).to(dtype)
     sparse = torch.where(torch.rand(30, 6, generator=rng()) < 0.05, z, 0).to(dtype)
-    losses = graphs.fit_tbgrl(model, sparse, links, epochs=3, warmup=0, generator=rng())
+    losses = graphs.fit_tbgrl(model, sparse, links, max_epochs=3, warmup_steps=0, generator=rng())
     assert all(torch.tensor(losses).isfinite())
     model = graphs.PolyGCL(6, 8, K=2).to(dtype)
     assert all(
-        torch.tensor(graphs.fit_polygcl(model, z.to(dtype), links, epochs=3, generator=rng())).isfinite()
+        torch.tensor(graphs.fit_polygcl(model, z.to(dtype), links, max_epochs=3, generator=rng())).isfinite()
     )
 
 

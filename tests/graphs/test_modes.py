@@ -42,13 +42,13 @@ def protocol(x, edges):
 
 def tbgrl(x, edges, model=None):
     model = model or nets()["fit_tbgrl"]()
-    graphs.fit_tbgrl(model, x, edges, epochs=2, warmup=0, generator=rng())
+    graphs.fit_tbgrl(model, x, edges, max_epochs=2, warmup_steps=0, generator=rng())
     return list(model.trainable_parameters())
 
 
 def polygcl(x, edges, model=None):
     model = model or nets()["fit_polygcl"]()
-    graphs.fit_polygcl(model, x, edges, epochs=3, generator=rng())
+    graphs.fit_polygcl(model, x, edges, max_epochs=3, generator=rng())
     return list(model.parameters())
 
 

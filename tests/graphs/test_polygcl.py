@@ -229,24 +229,31 @@ def test_conforms_to_its_kind(as_a_user, options):
     check_graph_network(Views(net), torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), EDGES)
 
 
+def test_embedding_leaves_each_part_in_its_mode():
+    net = model(4, 6)
+    net.encoder.bn.eval()  # as a user freezes statistics
+    net.embed(draw(9, 4), EDGES)
+    assert net.training and net.encoder.training and not net.encoder.bn.training
+
+
 def quick(seed=0, **options):
     net = model(4, 6, seed=seed)
     return net, fit_polygcl(net, draw(9, 4), EDGES, generator=torch.Generator().manual_seed(1), **options)
 
 
 def test_training_restores_the_weights_of_the_lowest_loss():
-    _, losses = quick(epochs=60, patience=60, lr=0.1)
+    _, losses = quick(max_epochs=60, patience=60, lr=0.1)
     worse = next(k for k in range(5, 60) if losses[k] > min(losses[:k]))  # stop at a step that is no best
     best = int(np.argmin(losses[:worse]))
-    net, long = quick(epochs=worse + 1, patience=60, lr=0.1)
-    again, short = quick(epochs=best + 1, patience=60, lr=0.1)  # its last loss is the lowest
+    net, long = quick(max_epochs=worse + 1, patience=60, lr=0.1)
+    again, short = quick(max_epochs=best + 1, patience=60, lr=0.1)  # its last loss is the lowest
     assert long == losses[: worse + 1] and short == losses[: best + 1] and not net.training
     for name, value in net.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 
 
 def test_patience_counts_steps_without_a_lower_loss():
-    _, losses = quick(epochs=200, patience=3, lr=0.1)
+    _, losses = quick(max_epochs=200, patience=3, lr=0.1)
     assert len(losses) < 200
     assert min(losses[-3:]) >= min(losses[:-3])
     lowest = np.minimum.accumulate(losses)
@@ -262,7 +269,7 @@ def test_filters_and_mixing_have_their_own_rate():
         net,
         x,
         EDGES,
-        epochs=40,
+        max_epochs=40,
         patience=40,
         lr=1e-3,
         filter_lr=1e-9,
@@ -286,7 +293,7 @@ def test_weight_decay_pulls_only_its_group():
 
 def fit(**options):
     net = model(4, 6)
-    optimizer_steps = {"epochs": 60, "patience": 60, "lr": 1e-2, "filter_lr": 1e-2}
+    optimizer_steps = {"max_epochs": 60, "patience": 60, "lr": 1e-2, "filter_lr": 1e-2}
     fit_polygcl(
         net, draw(9, 4), EDGES, generator=torch.Generator().manual_seed(2), **optimizer_steps, **options
     )
@@ -295,7 +302,7 @@ def fit(**options):
 
 def test_a_loss_that_is_not_finite_is_said(as_a_user):
     with pytest.raises(ValueError, match="the loss is nan after 0 steps: lower lr"):
-        fit_polygcl(model(), torch.full((9, 4), torch.nan, dtype=torch.float64), EDGES, epochs=2)
+        fit_polygcl(model(), torch.full((9, 4), torch.nan, dtype=torch.float64), EDGES, max_epochs=2)
 
 
 X = torch.randn(9, 4)
@@ -315,7 +322,7 @@ X = torch.randn(9, 4)
         (lambda: PolyGCL(5, 8).loss(X, EDGES), r"x must have shape \(any, 5\)"),
         (lambda: PolyGCL(5, 8).embed(X, EDGES), r"x must have shape \(any, 5\)"),
         (lambda: PolyGCL(4, 8)(X, X[:8], EDGES), r"shuffled must have shape \(9, 4\) for x, got \(8, 4\)"),
-        (lambda: fit_polygcl(PolyGCL(4, 8), X, EDGES, epochs=0), "epochs must be an integer of at least 1"),
+        (lambda: fit_polygcl(PolyGCL(4, 8), X, EDGES, max_epochs=0), "max_epochs must be an integer of at least 1"),
         (lambda: fit_polygcl(PolyGCL(4, 8), X, EDGES, patience=0), "patience must be an integer of at least 1"),
         (lambda: fit_polygcl(PolyGCL(4, 8), X, EDGES, lr=0.0), "lr must be greater than 0"),
         (lambda: fit_polygcl(PolyGCL(4, 8), X, EDGES, filter_lr=0.0), "filter_lr must be greater than 0"),

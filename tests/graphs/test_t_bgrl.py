@@ -144,16 +144,18 @@ def test_any_encoder_whose_parts_reset_will_do():
 
     x, e = graph()
     net = TBGRL(Mine(), 6)
-    losses = fit_tbgrl(net, x, e, epochs=5, warmup=1, generator=rng())
+    losses = fit_tbgrl(net, x, e, max_epochs=5, warmup_steps=1, generator=rng())
     assert len(losses) == 5 and not torch.equal(net.target_encoder.a.weight, net.online_encoder.a.weight)
     assert net.embed(x, e).shape == (80, 6) and not net.embed(x, e).requires_grad
 
 
-def test_embedding_leaves_the_mode_alone():
+def test_embedding_leaves_each_part_in_its_mode():
     net = model().train()
+    net.online_encoder.norms[0].eval()  # as a user freezes statistics
     x, e = graph()
     first = net.embed(x, e)
     assert net.online_encoder.training and torch.equal(first, net.embed(x, e))
+    assert not net.online_encoder.norms[0].training and net.online_encoder.norms[1].training
 
 
 # The encoder.
@@ -209,9 +211,9 @@ def test_training_on_sparse_features_is_training_on_dense_ones(monkeypatch):
     x = x * (torch.rand(x.shape, generator=rng(9)) < 0.3)
     torch.manual_seed(0)
     first, second = model(40), model(40)
-    a = fit_tbgrl(first, x, e, epochs=4, warmup=1, generator=rng())
+    a = fit_tbgrl(first, x, e, max_epochs=4, warmup_steps=1, generator=rng())
     monkeypatch.setattr(_SparseFeatures, "of", classmethod(lambda cls, x: x))
-    b = fit_tbgrl(second, x, e, epochs=4, warmup=1, generator=rng())
+    b = fit_tbgrl(second, x, e, max_epochs=4, warmup_steps=1, generator=rng())
     assert a == pytest.approx(b, abs=1e-5)
 
 
@@ -369,11 +371,14 @@ def test_hits_are_counted_as_by_sorting(k):
 
 def test_patience_stops_and_the_same_seed_repeats():
     x, e = graph()
-    a = fit_tbgrl(model(), x, e, epochs=60, warmup=2, patience=3, lr=1e-9, generator=rng())
+    a = fit_tbgrl(model(), x, e, max_epochs=60, warmup_steps=2, patience=3, lr=1e-9, generator=rng())
     assert len(a) < 60
-    runs = [fit_tbgrl(model(), x, e, epochs=6, warmup=2, generator=rng(1)) for _ in range(2)]
+    runs = [fit_tbgrl(model(), x, e, max_epochs=6, warmup_steps=2, generator=rng(1)) for _ in range(2)]
     assert runs[0] == runs[1]
-    assert all(math.isfinite(loss) for loss in fit_tbgrl(model(), x, e, epochs=3, warmup=1, corruption=None))
+    assert all(
+        math.isfinite(loss)
+        for loss in fit_tbgrl(model(), x, e, max_epochs=3, warmup_steps=1, corruption=None)
+    )
 
 
 # Bad input.
@@ -414,7 +419,7 @@ def test_wrong_arguments_are_refused(as_a_user):
             "reverse",
         ),
         (lambda: fit_tbgrl(net, x * math.nan, e), "finite"),
-        (lambda: fit_tbgrl(net, x, e, epochs=5), "warmup must be below epochs"),
+        (lambda: fit_tbgrl(net, x, e, max_epochs=5), "warmup_steps must be below max_epochs"),
         (lambda: fit_tbgrl(net, x, e, corruption="noise"), "corruption"),
         (lambda: fit_tbgrl(net, x, e, drop_edge=(0.1, 1.0)), "drop_edge"),
         (lambda: fit_tbgrl(net, x, e, momentum=2), "momentum"),

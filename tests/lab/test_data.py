@@ -352,3 +352,15 @@ def test_rows_of_a_table_are_features_that_know_their_row(tmp_path):
     with pytest.raises(ValueError, match=r"f.npz has its own classes, target is for a table; got 'kind'"):
         load_labelled(str(tmp_path / "f.npz"), target="kind")
     assert load_labelled("wine").x.shape == (178, 13, 1, 1)
+
+
+def test_a_set_has_one_maker():
+    def make(seed):
+        return None
+
+    make.__module__ = "mine"
+    with pytest.raises(
+        ValueError, match=r"series 'two-rhythms' must have one maker, is made by .*series and mine"
+    ):
+        registry.dataset(Series, "two-rhythms")(make)
+    assert load_series("two-rhythms").values.shape == (6_000, 7)

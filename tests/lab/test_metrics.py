@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from posterity.lab.metrics import calibration_error, node_score, sliced_wasserstein
+from posterity.lab.metrics import calibration_error, node_score, rank_correlation, sliced_wasserstein
 
 
 def test_sliced_wasserstein_is_pots():
@@ -42,3 +43,9 @@ def test_nodes_of_two_classes_are_scored_by_the_roc_curve():
     assert node_score(scores, y, torch.tensor([True, False, False, True, True])) == pytest.approx(2 / 3)
     three = torch.eye(3)[[0, 1, 2, 2]]
     assert node_score(three, torch.tensor([0, 1, 2, 0]), torch.ones(4, dtype=torch.bool)) == 0.75
+
+
+def test_rank_correlation_is_scipys_and_nought_without_an_order():
+    x, y = np.random.default_rng(0).standard_normal((2, 20))
+    assert rank_correlation(x.tolist(), torch.from_numpy(y)) == stats.spearmanr(x, y).statistic
+    assert rank_correlation([1, 2, 3], [5.0, 5.0, 5.0]) == rank_correlation([0, 0], [1, 2]) == 0.0

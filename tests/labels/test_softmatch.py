@@ -283,6 +283,7 @@ def test_processes_have_the_statistics_of_their_joint_batch(monkeypatch, options
         barrier.wait()
 
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_reduce", all_reduce)
     parts = (slice(5), slice(20)), (slice(5, 7), slice(20, 30))
     work = [
@@ -321,7 +322,7 @@ NAN = torch.full((4, 3), math.nan)
     ("call", "message"),
     [
         (lambda: SoftMatchLoss(3)(Z, Y, Z, Z[:3]), r"logits_strong must have shape \(4, 3\) for logits_weak, got \(3, 3\)"),
-        (lambda: SoftMatchLoss(3)(Z, Y, Z[:, :2], Z[:, :2]), r"logits_weak must have shape \(any, 3\) for num_classes"),
+        (lambda: SoftMatchLoss(3)(Z, Y, Z[:, :2], Z[:, :2]), r"logits_weak must have shape \(any, 3\) for n_classes"),
         (lambda: SoftMatchLoss(3)(Z[:, :2], Y, Z, Z), r"logits_labeled must have shape \(any, 3\)"),
         (lambda: SoftMatchLoss(3)(Z, Y + 3, Z, Z), r"y must be in 0\.\.2, got values from 3 to 3"),
         (lambda: SoftMatchLoss(3)(Z, Y - 1, Z, Z), r"y must be in 0\.\.2"),
@@ -336,14 +337,14 @@ NAN = torch.full((4, 3), math.nan)
         (lambda: SoftMatchLoss(3, temperature=0.0), "temperature must be greater than 0"),
         (lambda: SoftMatchLoss(3, align="labels"), "align must be one of"),
         (lambda: SoftMatchLoss(3, reduction="none"), "reduction must be one of"),
-        (lambda: SoftMatchLoss(1), "num_classes must be an integer of at least 2"),
+        (lambda: SoftMatchLoss(1), "n_classes must be an integer of at least 2"),
         (lambda: SoftMatchWeighting(3, n_sigma=0.0), "n_sigma must be greater than 0"),
         (lambda: SoftMatchWeighting(3, momentum=1.0), r"momentum must be in \[0, 1\), got 1.0"),
         (lambda: SoftMatchWeighting(3)(P - 0.5), "probs must be probabilities, got -0.16"),
         (lambda: SoftMatchWeighting(3)(1.01 * P), "probs must be rows that sum to 1, got 1.01 in row 0"),
         (lambda: SoftMatchWeighting(3)(NAN), "probs must be probabilities"),
         (lambda: SoftMatchWeighting(3)(P[:0]), "probs must have at least one row"),
-        (lambda: UniformAlignment(3)(P[:, :2]), r"probs must have shape \(any, 3\) for num_classes"),
+        (lambda: UniformAlignment(3)(P[:, :2]), r"probs must have shape \(any, 3\) for n_classes"),
         (lambda: UniformAlignment(3)(2 * P), "probs must be rows that sum to 1"),
         (lambda: UniformAlignment(3, target="model")(P), 'probs_labeled must be given for target="model"'),
         (lambda: UniformAlignment(3, target="model")(P, 2 * P), "probs_labeled must be rows that sum to 1"),

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -338,13 +339,20 @@ X, Y = batch(8)
         (lambda sgd: Susceptibility(X * torch.inf, 3).update(NET, sgd), "must be finite .* in epoch 0"),
         (lambda sgd: Susceptibility(X[:1], 3), r"probe must be a tensor of at least 2 inputs, got \(1, 6\)"),
         (lambda sgd: Susceptibility([1, 2], 3), "probe must be a tensor of at least 2 inputs, got list"),
-        (lambda sgd: Susceptibility(X, 1), "num_classes must be an integer of at least 2, got 1"),
+        (lambda sgd: Susceptibility(X, 1), "n_classes must be an integer of at least 2, got 1"),
         (lambda sgd: Susceptibility(X, 3, batch_size=0), "batch_size must be an integer of at least 1"),
         (lambda sgd: model_regions([1.0], [1.0]), "susceptibility must be numbers of at least 2 models"),
-        (lambda sgd: model_regions([1.0, np.nan], [1.0, 1.0]), "susceptibility must be finite, got nan"),
+        (lambda sgd: model_regions(torch.eye(2)[0].to_sparse(), [1.0, 1.0]), "susceptibility must be dense"),
+        (lambda sgd: model_regions([1.0, np.nan], [1.0, 1.0]), "susceptibility must be finite, got NaN or infinity in row 1"),
         (lambda sgd: select_models([1.0, 2.0], [1.0, 1.0, 1.0]), r"train_accuracy must have shape \(2,\)"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_by_name(as_a_user, call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.optim.SGD(NET.parameters(), lr=0.1))
+
+
+def test_the_metric_without_torchmetrics_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    with pytest.raises(ModuleNotFoundError, match=r"posterity\[uncertainty\]"):
+        Susceptibility(X, 3)

@@ -454,7 +454,7 @@ PAIR, EVEN = [[0, 1], [1, 0]], [[0.5, 0.5], [0.5, 0.5]]
         (lambda: aggregate_votes([[-2]], 2), r"votes must be in -1\.\.1, got -2"),
         (lambda: aggregate_votes([[0.5]], 2), "votes must be whole numbers"),
         (lambda: aggregate_votes([0], 2), r"votes must have shape \(n, m\)"),
-        (lambda: aggregate_votes([[0]], 1), "num_classes must be an integer of at least 2"),
+        (lambda: aggregate_votes([[0]], 1), "n_classes must be an integer of at least 2"),
         (lambda: aggregate_votes([[0]], 2, method="snorkel"), "method must be one of"),
         (lambda: vote_graph([[-2]]), "votes must be of at least -1, got -2"),
         (lambda: vote_graph([[0]], confident=[0.5]), r"confident must be bool of shape \(1,\) for votes"),

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from posterity.claims.optimization.adaptive_width import feature_learning
+from posterity.lab.data import load_images
 from posterity.optimization import (
     CoordinateTable,
     Exponents,
@@ -366,8 +368,9 @@ def test_the_change_is_the_mean_absolute_difference_of_outputs():
         torch.testing.assert_close(float(moved), table.change[layer, 1, -1, 0], rtol=1e-5, atol=0)
 
 
-def test_the_check_leaves_the_global_generator_and_works_in_inference_mode():
+def test_the_check_leaves_the_generators_of_all_devices_and_works_in_inference_mode(monkeypatch):
     before = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs were reseeded"))
     with torch.inference_mode():
         table = coordinate_check(
             mlp, [4, 8], (X.float(), Y.clone()), F.cross_entropy, optimizer=torch.optim.SGD
@@ -407,6 +410,11 @@ class Bare(nn.Module):
 def check(**changed):
     arguments = {"make_model": mlp, "widths": [4, 8], "batch": (X.float(), Y), "loss_fn": F.cross_entropy}
     return coordinate_check(**arguments | changed)
+
+
+def test_a_loss_of_one_number_counts_with_dimensions_and_without():
+    found = check(loss_fn=lambda f, y: F.cross_entropy(f, y).reshape(1))
+    assert (found.change == check().change).all()
 
 
 def twice():
@@ -478,3 +486,10 @@ def test_warns_of_a_base_as_wide_as_the_model():
     for call in (width_info, parametrize):
         with pytest.warns(UserWarning, match="base has the shapes of model"):
             call(mlp(8), mlp(8))
+
+
+def test_learning_from_all_images_is_refused_before_any_trial(as_a_user):
+    digits = load_images("digits")
+    feature_learning.refuse({"n": len(digits.y) - 1}, digits)
+    with pytest.raises(ValueError, match="n must leave 1 of the 1797 images"):
+        feature_learning.refuse({"n": len(digits.y)}, digits)

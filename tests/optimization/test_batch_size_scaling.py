@@ -96,6 +96,29 @@ def test_chunks_and_loops_give_what_one_vmap_gives(monkeypatch):
     torch.testing.assert_close(hessian_variance(model, of_one, (x, y), generator=generator()), whole)
 
 
+def test_a_loss_of_one_number_counts_with_dimensions_and_without():
+    model, x, y = problem()
+    found = [
+        hessian_variance(model, lambda *args, s=shape: loss(*args).reshape(s), (x, y), generator=generator())
+        for shape in ((), (1,))
+    ]
+    assert found[0] == found[1]
+
+
+def test_running_out_of_memory_is_said_and_no_reason_for_the_slow_loop():
+    model, x, y = problem()
+
+    def too_large(model, x, y):
+        try:
+            float(x.detach().sum())  # which vmap refuses
+        except RuntimeError as error:
+            raise torch.OutOfMemoryError("out of memory") from error
+        return loss(model, x, y)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        hessian_variance(model, too_large, (x, y), generator=generator())
+
+
 def test_of_many_samples_some_are_drawn_and_they_stand_for_all():
     model, x, y = problem(60)
     few = hessian_variance(model, loss, (x, y), max_samples=20, generator=generator(4))

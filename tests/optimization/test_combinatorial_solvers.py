@@ -18,6 +18,7 @@ from posterity.optimization import (
     top_k,
     travelling_salesman,
 )
+from posterity.optimization import combinatorial_solvers as module
 from posterity.testing import check_layer
 
 K5 = torch.tensor(list(itertools.combinations(range(5), 2))).T
@@ -156,6 +157,16 @@ def test_free_cells_are_walked_and_negative_ones_are_free_with_one_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solver(-costs)
+
+
+def test_many_grids_are_solved_a_part_at_a_time(monkeypatch):
+    sizes, solve = [], module._shortest_paths
+    monkeypatch.setattr(module, "_shortest_paths", lambda k, c: sizes.append(c.size) or solve(k, c))
+    costs = draw(100, 9, 9)
+    found = grid_shortest_path()(costs)
+    assert max(sizes) <= module.CELLS and sum(sizes) == costs.numel()
+    monkeypatch.setattr(module, "CELLS", costs.numel())
+    assert torch.equal(found, grid_shortest_path()(costs)) and sizes[-1] == costs.numel()
 
 
 def test_a_grid_may_be_a_cell_a_row_or_a_column():

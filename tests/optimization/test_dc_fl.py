@@ -106,6 +106,18 @@ def test_the_rival_is_the_loop_over_anchors_and_keeps_every_promise_of_a_loss(as
     check_loss(SupervisedContrastiveLoss(), h.requires_grad_(), y, batch_of_one=False)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_sizes_whose_squares_leave_float32_do_not_count(size):
+    h, words, y = randn(6, 4).float(), randn(3, 4, seed=1).float(), torch.tensor([0, 1, 0, 2, 1, 0])
+    for loss in (
+        SupervisedContrastiveLoss(),
+        lambda h, y: DictionaryContrastiveLoss(normalize=True)(h, y, words),
+    ):
+        torch.testing.assert_close(loss(size * h, y), loss(h, y))
+    plain = dictionary_logits(h, words, normalize=True)
+    torch.testing.assert_close(dictionary_logits(h, size * words, normalize=True), plain)
+
+
 def test_the_dictionary_is_drawn_as_said_and_learns_only_if_adaptive():
     wide = LabelDictionary(400, 300, generator=G())
     assert abs(wide.weight.mean().item()) < 0.02 and abs(wide.weight.std().item() - 1) < 0.02

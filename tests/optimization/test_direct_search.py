@@ -290,11 +290,11 @@ def test_any_function_of_logits_is_a_loss():
     """The number of errors has no gradient, and numpy no trace of one."""
     (x, y), net = task(), perceptron()
     errors = lambda logits, y: int((logits.numpy().argmax(1) != y.numpy()).sum())  # noqa: E731
-    result = population_search(net, x, y, loss=errors, population=64, max_steps=200, generator=seeded())
+    result = population_search(net, x, y, loss_fn=errors, population=64, max_steps=200, generator=seeded())
     assert result.loss == round(12 * (1 - result.accuracy))
     assert result.loss < errors(net(x).detach(), y) or result.loss == 0
     plain, same = (
-        population_search(net, x, y, loss=loss, population=64, max_steps=15, stop_accuracy=None, generator=seeded())
+        population_search(net, x, y, loss_fn=loss, population=64, max_steps=15, stop_accuracy=None, generator=seeded())
         for loss in (None, F.cross_entropy)
     )  # fmt: skip
     torch.testing.assert_close(plain.history, same.history, rtol=1e-10, atol=0)
@@ -307,8 +307,8 @@ NET, (X, Y) = perceptron(), task()
 @pytest.mark.parametrize(("options", "words"), [
     ({"method": "simplex"}, "method must be one of"), ({"population": 0}, "population must be an integer of at least 1"), ({"patience": 0}, "patience must be an integer"),
     ({"max_steps": 0}, "max_steps must be an integer"), ({"radius": 0.0}, "radius must be greater than 0"), ({"shrink": 1.0}, r"shrink must be in \(0, 1\)"),
-    ({"min_radius": -1.0}, "min_radius must be at least 0"), ({"stop_accuracy": 1.1}, "stop_accuracy must be in"), ({"unit": 0.0}, "unit must be greater than 0"), ({"loss": 3}, "loss must be a function"),
-    ({"loss": lambda logits, y: logits[0]}, "loss must return a scalar"), ({"loss": lambda logits, y: math.nan}, "loss must be a number at the start, got NaN"),
+    ({"min_radius": -1.0}, "min_radius must be at least 0"), ({"stop_accuracy": 1.1}, "stop_accuracy must be in"), ({"unit": 0.0}, "unit must be greater than 0"), ({"loss_fn": 3}, "loss_fn must be a function"),
+    ({"loss_fn": lambda logits, y: logits[0]}, "loss_fn must return a scalar"), ({"loss_fn": lambda logits, y: math.nan}, "loss_fn must be a number at the start, got NaN"),
     ({"y": Y.double()}, "y must hold class indices"), ({"x": X * math.inf}, "x must be finite"), ({"y": Y + 1}, r"y must be in 0\.\.1"), ({"model": nn.Dropout()}, "model must have parameters"),
 ])  # fmt: skip
 def test_bad_settings_of_a_search_are_refused_by_name(options, words, as_a_user):

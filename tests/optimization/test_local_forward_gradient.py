@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +11,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import posterity.optimization.local_forward_gradient as module
+from posterity.claims import Trial
+from posterity.claims.optimization import local_forward_gradient as claims
+from posterity.lab.data import split
 from posterity.optimization import activity_gradient, estimator_variance, forward_gradient
 
 D = 3
@@ -225,6 +229,14 @@ def test_low_precision_is_right_up_to_its_rounding(as_a_user, dtype):
     assert (low["z"] - exact["z"]).norm() < 8 * torch.finfo(dtype).eps * exact["z"].norm()
 
 
+def test_a_loss_of_one_number_counts_with_dimensions_and_without():
+    found = [
+        forward_gradient(lambda p, s=shape: p["w"].square().sum().reshape(s), W, generator=rng())
+        for shape in ((), (1,))
+    ]
+    torch.testing.assert_close(found[0], found[1])
+
+
 W, Z = {"w": torch.ones(2)}, torch.ones(3, 2)
 
 
@@ -233,8 +245,8 @@ W, Z = {"w": torch.ones(2)}, torch.ones(3, 2)
     [
         (lambda: forward_gradient(lambda p: p["w"].sum(), {}), "params must be a dictionary with at least one tensor"),
         (lambda: forward_gradient(lambda p: p["w"].sum(), {"w": torch.arange(3)}), r"params\['w'\] must be a floating-point tensor"),
-        (lambda: forward_gradient(lambda p: p["w"], W), r"loss_fn must return a floating-point scalar, got torch.float32 \(2,\)"),
-        (lambda: forward_gradient(lambda p: 1.0, W), "loss_fn must return a floating-point scalar, got float"),
+        (lambda: forward_gradient(lambda p: p["w"], W), "loss_fn must return a scalar tensor, got .*2"),
+        (lambda: forward_gradient(lambda p: 1.0, W), "loss_fn must return a scalar tensor, got float"),
         (lambda: forward_gradient(lambda p: p["w"].sum() / 0 * 0, W), r"loss_fn\(params\) must be finite"),
         (lambda: forward_gradient(lambda p: p["w"].sum(), W, n_samples=0), "n_samples must be an integer of at least 1"),
         (lambda: forward_gradient(lambda p: p["w"].sum(), W, distribution="uniform"), "distribution must be one of"),
@@ -254,3 +266,13 @@ W, Z = {"w": torch.ones(2)}, torch.ones(3, 2)
 def test_refuses_bad_input_by_name(as_a_user, call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_training_images_without_spread_give_no_nan(monkeypatch, tmp_path):
+    x = np.zeros((300, 8, 8), np.uint8)
+    x[split(300, (64 / 300, 200 / 300, 36 / 300), 0)[2]] = 255  # the test images alone
+    np.savez(tmp_path / "images.npz", x=x, y=np.arange(300) % 2)
+    seen = []
+    monkeypatch.setattr(claims, "_train", lambda trial, method, lr, x, *_: seen.append(x) or (0.0, [0.0]))
+    claims.activity(Trial(0), data=str(tmp_path / "images.npz"), n_train=64)
+    assert all(each.isfinite().all() for each in seen)

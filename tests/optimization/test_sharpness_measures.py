@@ -239,6 +239,18 @@ def square(x):
     return (x**2).sum()
 
 
+def test_a_loss_of_one_number_counts_with_dimensions_and_without():
+    def one(x):
+        return square(x).reshape(1)
+
+    for kind in KINDS:
+        plain, found = (sharpness(f, ONES, kind, rho=0.1, generator=seeded()) for f in (square, one))
+        assert torch.equal(plain, found)
+        assert torch.equal(limiting_sharpness(square, ONES, kind), limiting_sharpness(one, ONES, kind))
+    assert torch.equal(top_eigenpair(square, ONES)[0], top_eigenpair(one, ONES)[0])
+    assert torch.equal(alignment(square, ONES), alignment(one, ONES))
+
+
 @pytest.mark.parametrize(("call", "words"), [
     (lambda: sharpness(square, ONES, "steep", rho=0.1), "kind must be one of"),
     (lambda: sharpness(square, ONES, "worst", rho=-0.1), "rho must be at least 0"),
@@ -249,7 +261,7 @@ def square(x):
     (lambda: sharpness(square, ONES.long(), "worst", rho=0.1), "params must be a floating-point"),
     (lambda: sharpness(square, ONES[:0], "worst", rho=0.1), "params must hold at least one"),
     (lambda: sharpness(square, ONES * math.nan, "worst", rho=0.1), "params must be finite"),
-    (lambda: sharpness(lambda x: x, ONES, "worst", rho=0.1), "loss_fn must return a floating-point scalar"),
+    (lambda: sharpness(lambda x: x, ONES, "worst", rho=0.1), "loss_fn must return a scalar tensor"),
     (lambda: sharpness(lambda x: x.sum().log() * math.nan, ONES, "worst", rho=0.1), "loss_fn and its gradient must be finite"),
     (lambda: limiting_sharpness(square, ONES, "worst", method="power"), "method must be one of"),
     (lambda: limiting_sharpness(square, torch.ones(2001), "worst"), "use method='lanczos'"),

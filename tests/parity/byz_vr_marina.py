@@ -21,7 +21,7 @@ def pairs(stored):
     v = torch.tensor(stored["v"])
     yield "coordinate median", coordinate_median(v), stored["median"], 1e-12
     yield "trimmed mean", trimmed_mean(v, 3), stored["trimmed"], 1e-12
-    yield "geometric median", geometric_median(v, n_iter=1000, tol=1e-14), stored["geometric"], 1e-9
+    yield "geometric median", geometric_median(v, max_iter=1000, tol=1e-14), stored["geometric"], 1e-9
     yield "Krum", krum(v, 3), stored["krum"], 1e-12
     yield "Krum, mean of four", krum(v, 3, 4), stored["krum4"], 1e-12
 

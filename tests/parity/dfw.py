@@ -23,7 +23,13 @@ def pairs(stored):
     parts = [[v[k, :n] for k, n in enumerate(sizes)] for v in (x, y)]
     for partition in ("fixed", "blocks"):
         run = dfw(
-            *parts, len(phi), init=phi, partition=partition, n_iter=25, tol=0, gap=3 * (partition == "blocks")
+            *parts,
+            len(phi),
+            init=phi,
+            partition=partition,
+            max_iter=25,
+            tol=0,
+            gap=3 * (partition == "blocks"),
         )
         yield f"{partition}, 25 rounds: representation", run.phi, stored[f"phi_{partition}"], 1e-8
         yield f"{partition}, 25 rounds: heads", run.weights, stored[f"heads_{partition}"], 1e-8

@@ -27,7 +27,7 @@ def pairs(stored):
     value = frechet_distance(target, weighted)
     yield "weighted distance", value, stored["loss"], 1e-9
     yield "gradient in log weights", torch.autograd.grad(value, logs)[0], stored["grad"], 1e-9
-    found = resample_weights(real, gen, n_iter=1, lr=1.0, optimizer="sgd")
+    found = resample_weights(real, gen, max_iter=1, lr=1.0, optimizer="sgd")
     yield "distance before descent", found.history[:1], stored["start"], 1e-9
     step = torch.tensor(stored["step"])  # theirs drifts: compare weights of one sum
     yield "a step of descent", found.log_weights.softmax(0), step.softmax(0), 1e-10

@@ -56,6 +56,6 @@ def pairs(stored):
             step_size=0.05,
             n_steps=60,
             norm=norm,
-            clip=None,
+            bounds=None,
         )
         yield f"attacked linear classifier, {norm}", value, stored[f"attacked_{norm}"], 1e-9

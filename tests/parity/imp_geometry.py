@@ -40,7 +40,7 @@ def pairs(stored):
         for name, kept in level.mask.items():
             yield f"level {number}, mask of {name}", kept.double(), stored[f"mask{number}_{name}"], 0
         net.load_state_dict(level.state)
-        spectrum = hessian_spectrum(net, [(x, y)], loss=F.mse_loss, mask=level.mask, method="exact")
+        spectrum = hessian_spectrum(net, [(x, y)], loss_fn=F.mse_loss, mask=level.mask, method="exact")
         yield f"level {number}, spectrum", spectrum.eigenvalues, stored[f"spectrum{number}"], 1e-8
         left = torch.cat([net.get_parameter(name)[kept] for name, kept in level.mask.items()])
         yield (

@@ -11,7 +11,7 @@ AGAINST = (
     "the equations in plain NumPy loops, and of the parameter counts of the authors' code "
     "(github.com/BorealisAI/latent-bottlenecked-anp)"
 )
-SMALL = {"n_latents": 3, "dim_model": 8, "n_layers": 2, "n_heads": 2, "dim_feedforward": 12, "embed_depth": 3}
+SMALL = {"n_latents": 3, "d_model": 8, "n_layers": 2, "n_heads": 2, "d_ff": 12, "embed_depth": 3}
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def pairs(stored):
         yield f"{case} loss", model.loss(*batch, **masks), stored[f"{case}_loss"], 1e-9
     models = (
         LBANP(1, 1),
-        LBANP(2, 3, n_latents=16, dim_model=32, n_layers=3, n_heads=2, dim_feedforward=64, embed_depth=4),
+        LBANP(2, 3, n_latents=16, d_model=32, n_layers=3, n_heads=2, d_ff=64, embed_depth=4),
     )
     ours = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
     yield "parameters", ours, stored["sizes"], 0

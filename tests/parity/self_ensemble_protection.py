@@ -24,7 +24,14 @@ def pairs(stored):
     yield "inner draws", drawn, stored["drawn"], 0
     for mode in ("ce", "fa", "vr"):
         protector = SelfEnsembleProtector(
-            nets, eps=0.08, step_size=0.02, n_steps=6, n_inner=4, mode=mode, batch_size=9, generator=draws(3)
+            nets,
+            epsilon=0.08,
+            step_size=0.02,
+            n_steps=6,
+            n_inner=4,
+            mode=mode,
+            batch_size=9,
+            generator=draws(3),
         )
         yield f"protected, {mode}", protector.protect(x, y), stored[mode], 1e-12
     yield "similarity", gradient_similarity(nets, x, y), stored["similarity"], 1e-12

@@ -19,7 +19,7 @@ def pairs(stored):
         for neighbours in ("replace", "add-remove"):
             epsilon, delta = stored[f"{case}_budget"]
             made = TukeyMechanism(
-                models, epsilon=float(epsilon), delta=float(delta), neighbours=neighbours, jitter=0.0
+                models, epsilon=float(epsilon), delta=float(delta), neighbors=neighbours, jitter=0.0
             )
             probs, density = (stored[f"{case}_{neighbours}_{name}"] for name in ("probs", "density"))
             yield f"{case}, {neighbours}, chances of depths", np.exp(made.depth_log_probs), probs, 1e-12

@@ -33,6 +33,6 @@ def pairs(stored):
     for k in (1, 5):
         yield f"recall at {k}", recall_at_k(t["x"], t["labels"], k=k), t[f"recall_{k}"], 1e-6
     yield "mAP@R", mean_average_precision_at_r(t["x"], t["labels"]), t["map_r"], 1e-6
-    labels, centres = cluster_labels(t["points"], 6, n_iter=100, random_state=3)
+    labels, centres = cluster_labels(t["points"], 6, max_iter=100, random_state=3)
     yield "clusters", labels, t["cluster_of"], 0
     yield "centres", centres, t["centres"], 1e-12

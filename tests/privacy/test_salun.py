@@ -104,7 +104,7 @@ def test_batching_does_not_matter_and_a_custom_loss_counts():
     parts = [(x[:3], y[:3]), (x[3:18], y[3:18]), (x[18:], y[18:])]
     for forget in (parts, iter(parts), TensorDataset(x, y), DataLoader(TensorDataset(x, y), batch_size=7)):
         assert equal(saliency_mask(model, forget, keep=0.3), whole)
-    other = saliency_mask(model, (x, x[:, :3]), keep=0.3, loss=F.mse_loss)
+    other = saliency_mask(model, (x, x[:, :3]), keep=0.3, loss_fn=F.mse_loss)
     sizes = gradient(model, x, x[:, :3], F.mse_loss)
     least = torch.cat([g.abs().flatten() for g in sizes.values()]).sort(descending=True).values
     k = int(len(least) * 0.3)
@@ -201,9 +201,10 @@ def test_with_hardly_a_weight_the_parameters_are_the_original_ones():
     assert not torch.equal(model[1].running_mean, found[1].running_mean)  # statistics move, as is said
 
 
-def test_a_generator_decides_all_and_torchs_own_state_is_left():
+def test_a_generator_decides_all_and_torchs_own_state_is_left_on_every_device(monkeypatch):
     model = network(dropout=0.5)
     chance = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs were reseeded"))
     one, two, other = (
         salun(model, FORGET, RETAIN, n_classes=3, epochs=2, generator=rng(seed)).state_dict()
         for seed in (0, 0, 1)
@@ -277,94 +278,6 @@ def test_it_forgets_and_keeps_on_digits():
     before, after = (unlearning_report(each, *parts, test) for each in (net, found))
     assert before.forget_error < 0.1 and after.forget_error > 0.7
     assert after.retain_accuracy > 0.95 and after.test_accuracy > 0.85
-
-
-# The optimiser.
-
-OPTIMIZERS = {
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
-    "foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=True),
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, amsgrad=True),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True, weight_decay=0.1),
-    "LBFGS": lambda p: torch.optim.LBFGS(p, max_iter=3),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_any_optimiser_moves_only_what_it_may(name):
-    model = network()
-    mask = saliency_mask(model, FORGET, keep=0.4)
-    was = copy.deepcopy(dict(model.named_parameters()))
-    inner = OPTIMIZERS[name](model.parameters())
-    optimizer = MaskedOptimizer(inner, model.named_parameters(), mask)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(FORGET[0]), FORGET[1])
-        loss.backward()
-        return loss
-
-    losses = []
-    for _ in range(3):
-        if name == "LBFGS":
-            losses.append(optimizer.step(closure).item())
-        else:
-            losses.append(closure().item())
-            assert optimizer.step() is None
-        for key, p in model.named_parameters():
-            assert torch.equal(p[~mask[key]], was[key][~mask[key]])
-            if name != "LBFGS":
-                assert (p != was[key])[mask[key]].float().mean() > 0.9
-                for entry in inner.state[p].values():
-                    assert entry is None or entry.shape != p.shape or not entry[~mask[key]].any()
-    assert losses[2] < losses[0]
-
-
-def test_what_may_move_moves_as_under_the_optimiser_alone_and_nan_stays_outside():
-    w = nn.Parameter(torch.tensor([1.0, -0.0, 3.0]))
-    free = nn.Parameter(w.detach().clone())
-    mask, anchor = torch.tensor([True, False, False]), w.detach().clone()
-    ours, alone = (torch.optim.SGD([p], lr=0.1, momentum=0.9, weight_decay=0.1) for p in (w, free))
-    for gradient in ([1.0, float("nan"), float("inf")], [2.0, 5.0, -7.0]):
-        w.grad, free.grad = torch.tensor(gradient), torch.tensor(gradient)
-        masked_step(ours, {w: mask}, {w: anchor})
-        alone.step()
-        assert torch.equal(w[0], free[0])
-        assert torch.equal(w[1:].view(torch.int32), anchor[1:].view(torch.int32))
-        assert ours.state[w]["momentum_buffer"][1:].tolist() == [0.0, 0.0]
-
-
-def test_schedules_groups_states_and_copies_of_a_masked_optimiser():
-    model = network()
-    mask = saliency_mask(model, FORGET, keep=0.4)
-
-    def make(model):
-        groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": [*model[1:].parameters()]}]
-        inner = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-        return MaskedOptimizer(inner, model.named_parameters(), mask), inner
-
-    def train(model, optimizer, steps):
-        for _ in range(steps):
-            optimizer.zero_grad()
-            F.cross_entropy(model(FORGET[0]), FORGET[1]).backward()
-            optimizer.step()
-
-    optimizer, inner = make(model)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    train(model, optimizer, 2)
-    schedule.step()
-    assert [group["lr"] for group in inner.param_groups] == [0.25, 0.05]
-    stored = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    twin, again = copy.deepcopy((model, optimizer))
-    train(model, optimizer, 2)
-    train(twin, again, 2)
-    assert equal(twin.state_dict(), model.state_dict())
-    fresh = copy.deepcopy(network())
-    other, _ = make(fresh)
-    fresh.load_state_dict(stored[0])
-    other.load_state_dict(stored[1])
-    train(fresh, other, 2)
-    assert equal(fresh.state_dict(), model.state_dict())
 
 
 # Concepts.
@@ -477,10 +390,10 @@ def unlearn(model=NET, forget=FORGET, retain=RETAIN, n_classes=3, **options):
         (lambda: saliency_mask(NET, 3), "forget must be tensors .* got int"),
         (lambda: saliency_mask(NET, [1, 2]), "forget must be tensors .* got int"),
         (lambda: saliency_mask(NET, (X, Y + 1)), r"labels of forget must be in 0..2, got values from 1 to 3"),
-        (lambda: saliency_mask(NET, (X, Y > 1)), "labels of forget must be class indices"),
+        (lambda: saliency_mask(NET, (X, Y > 1)), "labels of forget must hold class indices"),
         (lambda: saliency_mask(FROZEN, FORGET), "model must have a parameter with a gradient"),
         (lambda: saliency_mask(NAN, FORGET), "the gradient of model must be finite, that of 0.weight is not"),
-        (lambda: saliency_mask(NET, FORGET, loss=lambda out, y: out), "loss must return a scalar tensor"),
+        (lambda: saliency_mask(NET, FORGET, loss_fn=lambda out, y: out), "loss_fn must return a scalar tensor"),
         (lambda: unlearn(keep=0.0), r"keep must be in \(0, 1\]"),
         (lambda: unlearn(n_classes=1), "n_classes must be an integer of at least 2"),
         (lambda: unlearn(n_classes=4), r"model must give logits of shape \(batch, 4\), got \(20, 3\)"),
@@ -502,7 +415,7 @@ def unlearn(model=NET, forget=FORGET, retain=RETAIN, n_classes=3, **options):
         (lambda: unlearn(order="random"), "order must be one of 'sequential', 'mixed'"),
         (lambda: unlearn(FROZEN), "model must have a parameter with a gradient"),
         (lambda: MaskedOptimizer(None, NET.named_parameters(), {}), "optimizer must be a torch.optim.Optimizer"),
-        (lambda: MaskedOptimizer(torch.optim.SGD(NET.parameters()), NET[0].named_parameters(), saliency_mask(NET[0], FORGET, loss=lambda out, y: out.sum())),
+        (lambda: MaskedOptimizer(torch.optim.SGD(NET.parameters()), NET[0].named_parameters(), saliency_mask(NET[0], FORGET, loss_fn=lambda out, y: out.sum())),
          "named_parameters must have every parameter of optimizer"),
         (lambda: masked_step(torch.optim.SGD(NET.parameters()), {}, {}), r"mask must have a tensor of shape \(16, 6\)"),
         (lambda: concept_unlearning_loss(Denoiser(), X_T[:0], TIME, Y, Y), "x_t must have at least one row"),

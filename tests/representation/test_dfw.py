@@ -124,14 +124,14 @@ def test_a_round_does_not_depend_on_coordinates():
 def test_without_noise_it_converges_linearly_from_anywhere():
     x, y, phi = problem()
     for partition in ("shuffle", "fixed", "blocks"):
-        found = dfw(x, y, 2, partition=partition, phi_true=phi, random_state=0, n_iter=400)
+        found = dfw(x, y, 2, partition=partition, phi_true=phi, random_state=0, max_iter=400)
         assert found.converged and float(found.distances[-1]) < 1e-5
         assert found.n_iter == len(found.distances) < 400
         own = torch.eye(2, dtype=torch.float64)
         torch.testing.assert_close(found.phi @ found.phi.T, own, rtol=0, atol=1e-10)
         middle = found.distances[5:30].log()
         assert float((middle[-1] - middle[0]) / 24) < -0.05
-    start = dfw(x, y, 2, init="spectral", phi_true=phi, n_iter=1)
+    start = dfw(x, y, 2, init="spectral", phi_true=phi, max_iter=1)
     assert float(start.distances[0]) < 1e-6
     heads = [
         np.linalg.lstsq((a @ found.phi.T).numpy(), b.numpy(), rcond=None)[0].T
@@ -143,7 +143,7 @@ def test_without_noise_it_converges_linearly_from_anywhere():
 def test_rounds_are_steps_and_the_rate_is_one_over_their_curvature():
     x, y, _ = problem(noise=0.3)
     phi = basis(2, 6, 77)
-    fixed = dfw(x, y, 2, init=phi, partition="fixed", lr=0.07, n_iter=3, tol=0)
+    fixed = dfw(x, y, 2, init=phi, partition="fixed", lr=0.07, max_iter=3, tol=0)
     again = phi
     for _ in range(3):
         again = dfw_step(again, x, y, lr=0.07).phi
@@ -153,7 +153,7 @@ def test_rounds_are_steps_and_the_rate_is_one_over_their_curvature():
     ]
     torch.testing.assert_close(fixed.weights, torch.from_numpy(np.stack(heads)))  # of all rows
     for whiten in (True, False):
-        auto = dfw(x, y, 2, init=phi, partition="fixed", n_iter=1, whiten=whiten)
+        auto = dfw(x, y, 2, init=phi, partition="fixed", max_iter=1, whiten=whiten)
         heads = dfw_step(phi, x, y, lr=1.0, whiten=whiten).weights
         steep = float(torch.linalg.eigvalsh((heads.mT @ heads).mean(0))[-1])
         if not whiten:
@@ -164,7 +164,7 @@ def test_rounds_are_steps_and_the_rate_is_one_over_their_curvature():
 def test_blocks_leave_a_gap_and_change_places():
     x, y, _ = problem(noise=0.3, n=41)
     phi = basis(2, 6, 77)
-    found = dfw(x, y, 2, init=phi, partition="blocks", gap=5, lr=0.07, n_iter=3, tol=0, split=0.4)
+    found = dfw(x, y, 2, init=phi, partition="blocks", gap=5, lr=0.07, max_iter=3, tol=0, split=0.4)
     # 14 rows for heads and 22 for the step, of 36
     ahead = torch.cat([torch.arange(14), torch.arange(19, 41)])
     behind = torch.cat([torch.arange(27, 41), torch.arange(22)])
@@ -176,7 +176,7 @@ def test_blocks_leave_a_gap_and_change_places():
 def test_shuffled_rounds_split_every_row_anew():
     x, y, _ = problem(noise=0.3)
     phi = basis(2, 6, 77)
-    found = dfw(x, y, 2, init=phi, lr=0.07, n_iter=2, tol=0, random_state=5, split=0.3)
+    found = dfw(x, y, 2, init=phi, lr=0.07, max_iter=2, tol=0, random_state=5, split=0.3)
     draws = np.random.RandomState(5)
     again = phi
     for _ in range(2):
@@ -191,7 +191,7 @@ def test_tasks_of_unequal_length_count_alike():
     sizes = (60, 35, 44, 51)
     parts = [[v[k, :n] for k, n in enumerate(sizes)] for v in (x, y)]
     phi = basis(2, 6, 77)
-    found = dfw(*parts, 2, init=phi, partition="fixed", lr=0.07, n_iter=1)
+    found = dfw(*parts, 2, init=phi, partition="fixed", lr=0.07, max_iter=1)
     total = torch.zeros_like(phi)
     for a, b in zip(*parts, strict=True):
         k = len(a) // 2
@@ -201,15 +201,15 @@ def test_tasks_of_unequal_length_count_alike():
     assert float(subspace_distance(found.phi, total)) < 1e-10
     order = [2, 0, 3, 1]
     turned = [[v[k] for k in order] for v in parts]
-    torch.testing.assert_close(dfw(*turned, 2, init=phi, partition="fixed", lr=0.07, n_iter=5).phi,
-                               dfw(*parts, 2, init=phi, partition="fixed", lr=0.07, n_iter=5).phi)  # fmt: skip
+    torch.testing.assert_close(dfw(*turned, 2, init=phi, partition="fixed", lr=0.07, max_iter=5).phi,
+                               dfw(*parts, 2, init=phi, partition="fixed", lr=0.07, max_iter=5).phi)  # fmt: skip
 
 
 def test_shuffled_tasks_of_unequal_length_keep_their_own_rows():
     x, y, _ = problem(noise=0.3)
     sizes, phi = (40, 22, 31, 36), basis(2, 6, 77)
     parts = [[v[k, :n] for k, n in enumerate(sizes)] for v in (x, y)]
-    found = dfw(*parts, 2, init=phi, lr=0.07, n_iter=1, random_state=5).phi
+    found = dfw(*parts, 2, init=phi, lr=0.07, max_iter=1, random_state=5).phi
     keys, total = np.random.RandomState(5).random_sample((4, 40)), torch.zeros_like(phi)
     for a, b, key in zip(*parts, keys, strict=True):
         rows = torch.from_numpy(key[: len(a)].argsort())
@@ -223,19 +223,19 @@ def test_the_span_does_not_depend_on_the_basis_of_the_start_nor_the_error_on_coo
     x, y, phi = problem()
     start, mix = basis(2, 6, 77), randn(2, 2, seed=8)
     one, two = (
-        dfw(x, y, 2, init=init, partition="fixed", n_iter=20, tol=0).phi for init in (start, mix @ start)
+        dfw(x, y, 2, init=init, partition="fixed", max_iter=20, tol=0).phi for init in (start, mix @ start)
     )
     assert float(subspace_distance(one, two)) < 1e-10
     turn = torch.linalg.qr(randn(6, 6, seed=9)).Q
     moved = dfw(
-        x @ turn.T, y, 2, init=start @ turn.T, partition="fixed", n_iter=20, tol=0, phi_true=phi @ turn.T
+        x @ turn.T, y, 2, init=start @ turn.T, partition="fixed", max_iter=20, tol=0, phi_true=phi @ turn.T
     )
-    plain = dfw(x, y, 2, init=start, partition="fixed", n_iter=20, tol=0, phi_true=phi)
+    plain = dfw(x, y, 2, init=start, partition="fixed", max_iter=20, tol=0, phi_true=phi)
     torch.testing.assert_close(moved.distances, plain.distances, rtol=1e-8, atol=1e-10)
     # of one direction the rate is that of its length, so that any coordinates give the same path
     x, y, phi = problem(r=1, noise=0.3)
     start, A = basis(1, 6, 77), randn(6, 6, seed=5)
-    options = {"partition": "fixed", "n_iter": 8, "tol": 0}
+    options = {"partition": "fixed", "max_iter": 8, "tol": 0}
     plain = dfw(x, y, 1, init=start, **options).phi
     moved = dfw(x @ A.T, y, 1, init=start @ torch.linalg.inv(A), **options).phi
     assert float(subspace_distance(plain, phi)) > 1e-4 and float(subspace_distance(moved @ A, plain)) < 1e-8
@@ -244,7 +244,9 @@ def test_the_span_does_not_depend_on_the_basis_of_the_start_nor_the_error_on_coo
 def test_whitening_finds_the_subspace_of_unlike_tasks_where_descent_stalls():
     x, y, phi = problem(tasks=12, n=60, dx=10, dy=5, r=3, noise=1.0, skew=0.8)
     errors = {
-        name: float(dfw(x, y, 3, n_iter=100, random_state=0, phi_true=phi, **options).distances[-10:].mean())
+        name: float(
+            dfw(x, y, 3, max_iter=100, random_state=0, phi_true=phi, **options).distances[-10:].mean()
+        )
         for name, options in (("amd", {"debias": False, "whiten": False}), ("dfw", {}))
     }
     assert errors["dfw"] < 0.5 * errors["amd"]
@@ -252,7 +254,7 @@ def test_whitening_finds_the_subspace_of_unlike_tasks_where_descent_stalls():
 
 def test_one_output_is_enough_with_many_tasks():
     x, y, phi = problem(tasks=8, dy=1, r=3)
-    assert float(dfw(x, y, 3, phi_true=phi, random_state=0, n_iter=2000).distances[-1]) < 1e-4
+    assert float(dfw(x, y, 3, phi_true=phi, random_state=0, max_iter=2000).distances[-1]) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -269,16 +271,16 @@ def test_it_is_computed_in_float64_and_answers_in_the_dtype_of_x(dtype):
 
 
 def test_the_estimator_is_one_of_scikit_learns(as_a_user):
-    check_estimator(DFWRegressor(2, n_iter=20, random_state=0), invariant=("scale X", "scale y"))
+    check_estimator(DFWRegressor(2, max_iter=20, random_state=0), invariant=("scale X", "scale y"))
 
 
 def test_the_estimator_is_the_solver_and_a_task_may_have_its_own_unit():
     x, y, phi = problem(n=80, noise=0.1)
     Y, task = y.flatten(0, 1).numpy(), np.repeat([3, 1, 2, 0], 80)
     for options in ({}, {"whiten": False}, {"partition": "blocks", "gap": 4}, {"debias": False}):
-        model = DFWRegressor(2, n_iter=15, random_state=0, **options)
+        model = DFWRegressor(2, max_iter=15, random_state=0, **options)
         order = [3, 1, 2, 0]  # tasks by label
-        found = dfw(x[order], y[order], 2, n_iter=15, random_state=0, **options)
+        found = dfw(x[order], y[order], 2, max_iter=15, random_state=0, **options)
         model.fit(x.flatten(0, 1).numpy(), Y, task)
         np.testing.assert_allclose(model.components_, found.phi, atol=1e-5)
         np.testing.assert_allclose(np.stack([model.heads_[k] for k in range(4)]), found.weights, atol=1e-4)
@@ -353,7 +355,7 @@ X, Y, _ = problem()
         (lambda: dfw(X, Y, 2, init=torch.zeros(2, 6)), "init must have independent rows"),
         (lambda: dfw(X, Y, 2, ridge=-1.0), "ridge"),
         (lambda: dfw(X, Y, 2, tol=-1.0), "tol"),
-        (lambda: dfw(X, Y, 2, n_iter=0), "n_iter"),
+        (lambda: dfw(X, Y, 2, max_iter=0), "max_iter"),
         (lambda: dfw(X, Y / 0, 2), r"y\[0\] must be finite"),
         (lambda: dfw(X, list(Y), 2), "both be tensors"),
         (lambda: dfw_step(torch.eye(6)[:2] / 0, X, Y, lr=0.1), "phi must be finite"),

@@ -283,11 +283,24 @@ def test_a_step_is_the_loss_of_both_branches_at_their_temperatures():
     assert model.criterion.center.abs().sum() > 0
 
 
+def test_the_centre_moves_in_training_mode_only_unless_asked():
+    model = trainer()
+
+    def moved(**options):
+        before = model.criterion.center.clone()
+        model.loss(views(2), **options)
+        return not torch.equal(model.criterion.center, before)
+
+    assert moved() and moved(update=True) and not moved(update=False)
+    model.eval()
+    assert not moved() and not moved(update=False) and moved(update=True)
+
+
 def test_the_teacher_follows_with_a_cosine_and_has_the_students_buffers():
     model = trainer(momentum=0.6)
     for step in (0, 3, 10, 99):
         with torch.no_grad():
-            for p in model.student_parameters():
+            for p in model.trainable_parameters():
                 p.add_(1)
         before = [p.clone() for p in model.teacher_head.parameters()]
         model.backbone(views(1)[0])
@@ -307,10 +320,10 @@ def test_a_teacher_of_momentum_one_stays_and_of_zero_is_the_student(momentum):
     model = trainer(momentum=momentum)
     before = [p.clone() for p in (*model.teacher_backbone.parameters(), *model.teacher_head.parameters())]
     with torch.no_grad():
-        for p in model.student_parameters():
+        for p in model.trainable_parameters():
             p.add_(1)
     model.update_teacher(0)
-    expected = before if momentum else list(model.student_parameters())
+    expected = before if momentum else list(model.trainable_parameters())
     teacher = [*model.teacher_backbone.parameters(), *model.teacher_head.parameters()]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(teacher, expected, strict=True))
 
@@ -332,7 +345,7 @@ def test_prototypes_learn_after_they_thaw_and_only_the_student_learns():
     kept.head.direction.requires_grad_(False)
     kept.loss(views(2)).backward()
     assert kept.head.direction.grad is None
-    names = {id(p) for p in model.student_parameters()}
+    names = {id(p) for p in model.trainable_parameters()}
     assert names == {id(p) for p in (*model.backbone.parameters(), *model.head.parameters())}
 
 

@@ -106,6 +106,27 @@ def test_all_tasks_at_once_are_each_of_them_alone():
     assert 0 <= tuned.accuracy <= 1
 
 
+def test_prototype_scores_do_not_depend_on_lengths_whose_squares_overflow():
+    query, support = (torch.randn(n, 4, generator=rng(n)) for n in (7, 6))
+    labels = torch.arange(6) % 3
+    plain = prototype_scores(query, support, labels)
+    torch.testing.assert_close(prototype_scores(1e25 * query, 1e25 * support, labels), plain)
+
+
+def test_a_submodule_called_embed_is_not_taken_for_embeddings_by_role():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return x
+
+    x, options = torch.randn(90, 5, generator=rng()), {"n_query": 5, "n_tasks": 20}
+    plain, own = (evaluate_few_shot(m, x, LABELS, generator=rng(1), **options) for m in (lambda x: x, Net()))
+    assert torch.equal(own.per_task, plain.per_task)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

@@ -204,10 +204,34 @@ def images(n=10, seed=0):
     return torch.rand(n, 1, 4, 4, generator=rng(seed))
 
 
+def test_the_loss_moves_branch_and_queue_in_training_mode_only_unless_asked():
+    net, x1, x2 = model(), images(), images(seed=1)
+    with torch.no_grad():
+        for p in net.trainable_parameters():
+            p.add_(0.1)
+
+    def moved(**options):
+        before = [value.clone() for value in (*net.target_projector.parameters(), net.criterion.queue)]
+        net.loss(x1, x2, **options)
+        after = (*net.target_projector.parameters(), net.criterion.queue)
+        return [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+
+    assert not any(moved(update=False)) and all(moved())
+    net.eval()
+    assert not any(moved()) and all(moved(update=True))
+
+
+def test_keys_and_queries_may_be_of_a_length_whose_square_overflows():
+    query, key = (randn(6, 5, seed=k).float() for k in (1, 2))
+    plain, long = (made().float() for _ in range(2))
+    torch.testing.assert_close(long(1e25 * query, 1e25 * key), plain(query, key))
+    torch.testing.assert_close(long.queue, plain.queue)
+
+
 def test_a_step_moves_the_momentum_branch_first():
     net, x1, x2 = model(), images(), images(seed=1)
     with torch.no_grad():
-        for p in net.parameters_to_train():
+        for p in net.trainable_parameters():
             p.add_(0.1)
     before = [p.clone() for p in net.target_projector.parameters()]
     twin = model()
@@ -225,7 +249,7 @@ def test_a_step_moves_the_momentum_branch_first():
     key = twin.target_projector(twin.target_backbone(x2))
     torch.testing.assert_close(value, twin.criterion(query, key))
     value.backward()
-    assert all(p.grad is not None for p in net.parameters_to_train())
+    assert all(p.grad is not None for p in net.trainable_parameters())
     assert not any(
         p.requires_grad for p in (*net.target_backbone.parameters(), *net.target_projector.parameters())
     )
@@ -312,7 +336,7 @@ def test_adapting_is_sgd_with_momentum_on_the_supervised_contrast():
 
 def test_training_pulls_views_of_an_image_together():
     net, x = model(dim=6, queue_size=64), images(64)
-    opt = torch.optim.Adam(net.parameters_to_train(), lr=1e-2)
+    opt = torch.optim.Adam(net.trainable_parameters(), lr=1e-2)
 
     def views(seed):
         return x + 0.1 * torch.randn(x.shape, generator=rng(seed))

@@ -249,3 +249,9 @@ def test_a_row_of_zeros_is_orthogonal_to_all_by_either_route():
     expected = 2 * gram.mean() + 5 * legendre(gram, 2, 3).mean()
     for route in ("gram", "moment"):
         torch.testing.assert_close(mmd_to_uniform(z, (2, 5), route=route), expected)
+
+
+def test_rows_may_be_of_a_length_whose_square_overflows():
+    z1, z2 = (randn(8, 4, seed=k, dtype=torch.float32) for k in (1, 2))
+    torch.testing.assert_close(mmd_to_uniform(1e25 * z1), mmd_to_uniform(z1))
+    torch.testing.assert_close(SFRIKLoss()(1e25 * z1, 1e25 * z2), SFRIKLoss()(z1, z2))

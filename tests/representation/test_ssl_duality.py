@@ -291,7 +291,7 @@ def test_they_are_losses_of_two_views(as_a_user, loss, on_sphere):
         (lambda: duality_terms(torch.ones(3, 2, dtype=torch.int64)), "k must be a floating-point"),
         (lambda: duality_terms(torch.ones(0, 2)), "k must have a row"),
         (lambda: balance(torch.full((2, 2), torch.nan)), "k must be finite"),
-        (lambda: balance(torch.ones(2, 2), 0), "n_iter"),
+        (lambda: balance(torch.ones(2, 2), 0), "max_iter"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(as_a_user, make, said):
@@ -308,3 +308,9 @@ def test_in_narrow_types_sums_are_rounded_once(dtype, scale, shape):
         assert low.dtype == dtype and low.isfinite()
         torch.testing.assert_close(low.double(), high, rtol=0.51 * torch.finfo(dtype).eps, atol=0)
     assert balance(k / scale).dtype == dtype
+
+
+@pytest.mark.parametrize("loss", [ContrastiveCriterion(), ContrastiveCriterion("dimensions"), NTXentLoss()])
+def test_rows_may_be_of_a_length_whose_square_overflows(loss):
+    z1, z2 = (randn(8, 4, seed=k, dtype=torch.float32) for k in (1, 2))
+    torch.testing.assert_close(loss(1e25 * z1, 1e25 * z2), loss(z1, z2))

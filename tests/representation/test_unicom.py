@@ -247,11 +247,11 @@ def test_clusters_are_those_of_directions_and_the_objective_never_falls():
     x = randn(300, 5) * torch.rand(300, 1, generator=rng()).add(0.1)
     u = F.normalize(x, dim=1)
     values = []
-    for n_iter in range(1, 9):
-        labels, centres = cluster_labels(x, 12, n_iter=n_iter, random_state=0)
+    for max_iter in range(1, 9):
+        labels, centres = cluster_labels(x, 12, max_iter=max_iter, random_state=0)
         values.append(float((u * centres[labels]).sum()))
     assert all(b >= a - 1e-10 for a, b in zip(values, values[1:], strict=False)) and values[-1] > values[0]
-    labels, centres = cluster_labels(x, 12, n_iter=200, batch_size=7, random_state=0)
+    labels, centres = cluster_labels(x, 12, max_iter=200, batch_size=7, random_state=0)
     torch.testing.assert_close(labels, (u @ centres.T).argmax(1))
     torch.testing.assert_close(centres.norm(dim=1), torch.ones(12, dtype=torch.float64))
     for k in range(12):
@@ -265,7 +265,7 @@ def test_no_cluster_is_left_empty_and_captions_count_as_much_as_images():
         assert sorted(labels.bincount(minlength=3).tolist()) == [20, 20, 20]
     alone = torch.tensor([[1.0, 0]] * 40 + [[0, 1], [0, -1]])
     for seed in range(5):  # two centres in the crowd: the empty one goes to what is farthest, in one round
-        labels, _ = cluster_labels(alone, 2, n_iter=1, random_state=seed)
+        labels, _ = cluster_labels(alone, 2, max_iter=1, random_state=seed)
         assert sorted(labels.bincount(minlength=2).tolist()) == [1, 41]
     image, text = 9 * randn(40, 4), randn(40, 4, seed=1)
     joint = F.normalize(F.normalize(image, dim=1) + F.normalize(text, dim=1), dim=1)
@@ -372,7 +372,7 @@ Z = torch.eye(2, 4)
         (lambda: recall_at_k(torch.eye(4)[:0], torch.arange(0)), "query and gallery must have rows"),
         (lambda: cluster_labels(torch.eye(3), 2, text_features=-torch.eye(3)), "features plus text_features must have a direction"),
         (lambda: cluster_labels(torch.eye(3), 0), "n_clusters must be in 1..3"),
-        (lambda: cluster_labels(torch.eye(3), 2, n_iter=0), "n_iter"),
+        (lambda: cluster_labels(torch.eye(3), 2, max_iter=0), "max_iter"),
         (lambda: cluster_labels(torch.eye(3), 2, batch_size=0), "batch_size"),
         (lambda: recall_at_k(torch.eye(4), torch.arange(4), k=4), r"k must be in 1..3"),
         (lambda: recall_at_k(torch.eye(4), torch.arange(4), k=0), r"k must be in 1..3"),

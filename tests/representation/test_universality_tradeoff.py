@@ -53,6 +53,13 @@ def test_the_loss_is_the_criterion_plus_a_weight_times_nt_xent():
     assert torch.equal(ContrastiveRegularizer(0)(logits, y, torch.full_like(z1, torch.nan), z2), plain)
 
 
+def test_views_may_be_of_a_length_whose_square_overflows():
+    logits, y = randn(5, 3).float(), torch.tensor([0, 2, 1, 1, 0])
+    z1, z2 = (randn(5, 4, seed=k).float() for k in (1, 2))
+    loss = ContrastiveRegularizer(1.0)
+    torch.testing.assert_close(loss(logits, y, 1e25 * z1, 1e25 * z2), loss(logits, y, z1, z2))
+
+
 def test_the_gradient_of_logits_is_the_criterions_and_both_parts_may_be_the_users():
     logits, y = randn(5, 3).requires_grad_(), torch.tensor([0, 2, 1, 1, 0])
     z1, z2 = (randn(5, 4, seed=k).requires_grad_() for k in (1, 2))
@@ -195,6 +202,15 @@ def test_fine_tuning_learns_a_copy_and_leaves_the_rest(mode):
     assert np.array_equal(again.losses, found.losses)
 
 
+@pytest.mark.parametrize("mode", ["linear", "fine-tune", "contrastive"])
+def test_an_encoder_in_double_precision_is_fine_tuned_in_it(mode):
+    net, (x, y) = encoder(), task()
+    options = {"augment": lambda x, generator: x, "n_classes": 2, "mode": mode, "epochs": 3, "batch_size": 16}
+    found = fine_tune(copy.deepcopy(net).double(), x.double(), y, **options)
+    assert found.classifier.weight.dtype == torch.float64
+    np.testing.assert_allclose(found.losses, fine_tune(net, x, y, **options).losses, rtol=1e-4)
+
+
 def test_a_step_is_sgd_on_the_regularised_loss_of_the_first_view():
     """One full batch: the loss by hand from the same views, and steps of both rates."""
     net, (x, y) = nn.Linear(6, 4), task(8)
@@ -261,21 +277,21 @@ def probes(seed=0, n=160, signal=3.0):
 
 def test_probes_are_means_over_draws_and_the_largest_budget_is_universality():
     tasks = [probes(k) for k in range(3)]
-    found = measure_tradeoff(lambda x: x, tasks[0], tasks[1:], n_labels=(2, 10), repeats=4, random_state=0)
+    found = measure_tradeoff(lambda x: x, tasks[0], tasks[1:], n_labels=(2, 10), n_repeats=4, random_state=0)
     assert (
         found.per_task.shape == (2, 2) and found.label_efficiency.shape == (2,) and found.n_labels == (2, 10)
     )
     assert found.universality == pytest.approx(found.per_task[:, 1].mean())
     assert found.label_efficiency[1] > 0.95 and found.label_efficiency[0] < found.label_efficiency[1]
-    again = measure_tradeoff(lambda x: torch.from_numpy(x), tasks[0], tasks[1:], n_labels=(2, 10), repeats=4, random_state=0)  # fmt: skip
+    again = measure_tradeoff(lambda x: torch.from_numpy(x), tasks[0], tasks[1:], n_labels=(2, 10), n_repeats=4, random_state=0)  # fmt: skip
     assert np.array_equal(again.per_task, found.per_task)
-    other = measure_tradeoff(lambda x: x, tasks[0], tasks[1:], n_labels=(2, 10), repeats=4, random_state=1)
+    other = measure_tradeoff(lambda x: x, tasks[0], tasks[1:], n_labels=(2, 10), n_repeats=4, random_state=1)
     assert not np.array_equal(other.per_task, found.per_task)
 
 
 def test_with_all_labels_a_probe_is_logistic_regression_on_standardised_features():
     tasks = [probes(k, signal=0.7) for k in range(3)]
-    found = measure_tradeoff(lambda x: x, tasks[0], tasks[1:], n_labels=(40,), repeats=1)
+    found = measure_tradeoff(lambda x: x, tasks[0], tasks[1:], n_labels=(40,), n_repeats=1)
     expected = []
     for x, y, x_test, y_test in tasks:
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x, y)
@@ -287,7 +303,7 @@ def test_with_all_labels_a_probe_is_logistic_regression_on_standardised_features
 
 def test_scales_of_features_do_not_matter_and_a_constant_is_worth_a_guess():
     tasks = [probes(k, signal=1.0) for k in range(2)]
-    options = {"n_labels": (5,), "repeats": 3, "random_state": 1}
+    options = {"n_labels": (5,), "n_repeats": 3, "random_state": 1}
     plain = measure_tradeoff(lambda x: x, tasks[0], tasks[1:], **options)
     scaled = measure_tradeoff(
         lambda x: 7 * x * np.array([1, 1e6, 1e-6, 3]) + 5, tasks[0], tasks[1:], **options
@@ -350,7 +366,7 @@ def test_half_precision_learns_as_float32_does(dtype, mode):
         (lambda: fine_tune(nn.Linear(3, 2), X, Y[:5], augment=noise, n_classes=2), "y must have shape"),
         (lambda: linear_contrastive_representation(X[:1], X[:1], 1), "x1 must have at least 2 rows"),
         (lambda: measure_tradeoff(lambda x: x, TASK, [TASK], n_labels=(10, 5)), "n_labels must be ascending"),
-        (lambda: measure_tradeoff(lambda x: x, TASK, [TASK], n_labels=(5,), repeats=0), "repeats"),
+        (lambda: measure_tradeoff(lambda x: x, TASK, [TASK], n_labels=(5,), n_repeats=0), "n_repeats"),
         (lambda: measure_tradeoff(lambda x: x, TASK, [(TASK[0], 0 * TASK[1], *TASK[2:])], n_labels=(5,)), "two classes in training"),
         (lambda: measure_tradeoff(lambda x: x, TASK, [(TASK[0], TASK[1][:9], *TASK[2:])], n_labels=(5,)), "a label a sample"),
         (lambda: measure_tradeoff(lambda x: x, TASK, []), "tasks must have at least one"),

@@ -19,7 +19,7 @@ from posterity.robustness import (
     certify,
     certify_regression,
     controlled_adaptive_solve,
-    eps_schedule,
+    epsilon_schedule,
     interval_bounds,
     linear_bounds,
     trajectory_graph,
@@ -207,7 +207,7 @@ class Fixed(nn.Module):
         self.net, self.loss = net, CertifiedLoss(**options)
 
     def forward(self, x, y):
-        return self.loss(self.net, x, y, 0.01, eps_target=0.02, data_range=(-1e9, 1e9))
+        return self.loss(self.net, x, y, 0.01, epsilon_target=0.02, bounds=(-1e9, 1e9))
 
 
 def test_the_loss_conforms_to_its_kind(as_a_user):
@@ -227,8 +227,10 @@ def test_without_a_radius_or_a_share_it_is_cross_entropy():
         torch.randint(3, (9,), generator=generator),
     )
     plain = F.cross_entropy(net[3](controlled_adaptive_solve(net[2]._field, net[:2](x), h0=0.5).y), y)
-    torch.testing.assert_close(CertifiedLoss()(net, x, y, 0.0, eps_target=0.1), plain)
-    torch.testing.assert_close(CertifiedLoss(weight=0.0, gamma=0.0)(net, x, y, 0.1, eps_target=0.1), plain)
+    torch.testing.assert_close(CertifiedLoss()(net, x, y, 0.0, epsilon_target=0.1), plain)
+    torch.testing.assert_close(
+        CertifiedLoss(weight=0.0, gamma=0.0)(net, x, y, 0.1, epsilon_target=0.1), plain
+    )
 
 
 def test_the_worst_logits_are_those_of_the_corners_of_a_linear_network():
@@ -240,7 +242,7 @@ def test_the_worst_logits_are_those_of_the_corners_of_a_linear_network():
     gaps = z - z.gather(2, y[:, None, None].expand(-1, 8, 1))
     above, width = gaps.amax(1), (gaps.amax(1) - gaps.amin(1)).square().sum(1) / 3
     expected = 0.5 * F.cross_entropy(net(x), y) + 0.5 * F.cross_entropy(above, y) + 0.7 * width.mean()
-    loss = CertifiedLoss(weight=0.5, gamma=0.7)(net, x, y, 0.1, eps_target=0.1)
+    loss = CertifiedLoss(weight=0.5, gamma=0.7)(net, x, y, 0.1, epsilon_target=0.1)
     torch.testing.assert_close(loss, expected)
 
 
@@ -270,14 +272,14 @@ def test_sampled_trajectories_are_paths_of_the_graph_and_more_of_them_share_thei
     point = between(net[:2](x), net[:2](x))
     _, actions = CertifiedLoss(q=0.0)._along(net[2], point, reference)
     assert [min(a, 1) for a in actions] == [min(a, 1) for a in reference.actions]
-    values = {float(CertifiedLoss(n_trajectories=n, q=0.33, generator=torch.Generator().manual_seed(1))(net, x, torch.tensor([0]), 0.02, eps_target=0.02).detach()) for n in (1, 4)}  # fmt: skip
+    values = {float(CertifiedLoss(n_trajectories=n, q=0.33, generator=torch.Generator().manual_seed(1))(net, x, torch.tensor([0]), 0.02, epsilon_target=0.02).detach()) for n in (1, 4)}  # fmt: skip
     assert len(values) == 2
 
 
 @pytest.mark.parametrize(("mid", "beta"), [(0.6, 4.0), (0.25, 1.0), (1.0, 2.0)])
 def test_eps_rises_from_nothing_to_the_target_smoothly(mid, beta):
     def at(step):
-        return eps_schedule(step, start=3, length=20, target=0.3, mid=mid, beta=beta)
+        return epsilon_schedule(step, start=3, length=20, target=0.3, mid=mid, beta=beta)
 
     values = [at(step) for step in np.linspace(-1, 30, 400)]
     assert values == sorted(values)
@@ -328,10 +330,10 @@ def solve(y0=ROW, func=lambda t, y: -y, **options):
         (lambda: TimeConv2d(3, 2, 5, 0)(0.0, torch.ones(1, 3, 4, 4)), "x must be at least 5 pixels"),
         (lambda: certify(nn.Sequential(nn.Linear(4, 3), nn.Tanh()), ROW, Y, 0.1), "net must be of .* got Tanh at 1"),
         (lambda: certify(nn.Linear(4, 3), ROW, Y, 0.1), "net must be an nn.Sequential with layers"),
-        (lambda: certify(NET, ROW, Y, -0.1), "eps must be at least 0"),
+        (lambda: certify(NET, ROW, Y, -0.1), "epsilon must be at least 0"),
         (lambda: certify(NET, ROW, Y, 0.1, method="linear"), "method must be one of"),
-        (lambda: certify(NET, ROW + 1, Y, 0.1), r"x must lie in data_range, \[0.0, 1.0\]"),
-        (lambda: certify(NET, ROW, Y, 0.1, data_range=(1.0, 0.0)), "data_range must be greater than 1"),
+        (lambda: certify(NET, ROW + 1, Y, 0.1), r"x must lie in bounds, \[0.0, 1.0\]"),
+        (lambda: certify(NET, ROW, Y, 0.1, bounds=(1.0, 0.0)), "bounds must be two finite numbers"),
         (lambda: certify(NET, ROW * math.nan, Y, 0.1), "x must be finite"),
         (lambda: certify(NET, ROW[:, :2], Y, 0.1), r"x must fit net, got shape \(1, 2\)"),
         (lambda: certify(NET, ROW, Y + 3, 0.1), r"y must be in 0\.\.2"),
@@ -357,12 +359,12 @@ def solve(y0=ROW, func=lambda t, y: -y, **options):
         (lambda: CertifiedLoss(weight=2.0), r"weight must be in \[0, 1\]"),
         (lambda: CertifiedLoss(q=0.6), r"q must be in \[0, 0.5\]"),
         (lambda: CertifiedLoss(n_trajectories=0), "n_trajectories must be an integer of at least 1"),
-        (lambda: CertifiedLoss()(NET, ROW, Y, 0.2, eps_target=0.1), r"eps must be in \[0, 0.1\]"),
-        (lambda: CertifiedLoss()(NET, ROW, Y + 3, 0.1, eps_target=0.1), r"y must be in 0\.\.2"),
-        (lambda: CertifiedLoss()(network().half(), ROW, Y, 0.1, eps_target=0.1), "net must be in float32 or float64, got torch.float16"),
-        (lambda: eps_schedule(1, start=0, length=0, target=1), "length must be greater than 0"),
-        (lambda: eps_schedule(1, start=0, length=1, target=-1), "target must be in"),
-        (lambda: eps_schedule(1, start=0, length=1, target=1, beta=0.5), "beta must be at least 1"),
+        (lambda: CertifiedLoss()(NET, ROW, Y, 0.2, epsilon_target=0.1), r"epsilon must be in \[0, 0.1\]"),
+        (lambda: CertifiedLoss()(NET, ROW, Y + 3, 0.1, epsilon_target=0.1), r"y must be in 0\.\.2"),
+        (lambda: CertifiedLoss()(network().half(), ROW, Y, 0.1, epsilon_target=0.1), "net must be in float32 or float64, got torch.float16"),
+        (lambda: epsilon_schedule(1, start=0, length=0, target=1), "length must be greater than 0"),
+        (lambda: epsilon_schedule(1, start=0, length=1, target=-1), "target must be in"),
+        (lambda: epsilon_schedule(1, start=0, length=1, target=1, beta=0.5), "beta must be at least 1"),
     ],
 )  # fmt: skip
 def test_refuses_bad_input_by_name(as_a_user, call, message):

@@ -136,7 +136,7 @@ def trained(steps=40):
     loss, optimizer = CertifiedLoss(), torch.optim.Adam(net.parameters(), lr=1e-2)
     for k in range(steps):
         optimizer.zero_grad()
-        loss(net, x, y, 0.05 * k / steps, eps_target=0.05).backward()
+        loss(net, x, y, 0.05 * k / steps, epsilon_target=0.05).backward()
         optimizer.step()
     return net.eval(), x[::8], y[::8]
 

@@ -59,7 +59,7 @@ def samples(shape=(D,), n=N, dtype=torch.float64):
 
 def protector(nets, **options):
     return SelfEnsembleProtector(
-        nets, **{"eps": 0.1, "step_size": 0.03, "n_steps": 4, "n_inner": 3, **options}
+        nets, **{"epsilon": 0.1, "step_size": 0.03, "n_steps": 4, "n_inner": 3, **options}
     )
 
 
@@ -149,7 +149,7 @@ def test_one_step_by_cross_entropy_is_a_signed_step_down_for_a_model_as_it_predi
 def test_other_features_classes_and_shifts_are_taken():
     nets = networks()
     hidden = protector(nets, mode="fa").protect(X, Y)
-    by_hand = protector(nets, mode="fa", num_classes=K, features=lambda net, x: torch.tanh(net.first(x)))
+    by_hand = protector(nets, mode="fa", n_classes=K, features=lambda net, x: torch.tanh(net.first(x)))
     assert torch.equal(by_hand.protect(X, Y), hidden)
     assert not torch.equal(protector(nets, mode="fa", features=lambda net, x: net(x)).protect(X, Y), hidden)
     one, two = (protector(nets, mode="ce", target_shift=shift).protect(X, Y) for shift in (1, 2))
@@ -235,7 +235,7 @@ def test_samples_come_closer_to_the_other_class_for_all_checkpoints_together(mod
 
 def test_no_room_is_no_change():
     for mode in MODES:
-        assert torch.equal(protector(networks(), mode=mode, eps=0.0).protect(X, Y), X)
+        assert torch.equal(protector(networks(), mode=mode, epsilon=0.0).protect(X, Y), X)
         assert torch.equal(protector(networks(), mode=mode, step_size=0.0).protect(X, Y), X)
     assert protector(networks()).protect(X[:0], Y[:0]).shape == (0, D)
 
@@ -309,8 +309,8 @@ def test_narrow_data_and_models_are_perturbed_in_float32_and_keep_to_eps(dtype):
     nets = networks(dtype=torch.float32)
     x, y = samples(dtype=dtype)
     eps = 2 / 255
-    exact = protector(nets, eps=eps, step_size=1 / 255, generator=rng()).protect(x.float(), y)
-    out = protector(nets, eps=eps, step_size=1 / 255, generator=rng()).protect(x, y)
+    exact = protector(nets, epsilon=eps, step_size=1 / 255, generator=rng()).protect(x.float(), y)
+    out = protector(nets, epsilon=eps, step_size=1 / 255, generator=rng()).protect(x, y)
     change = out.double() - x.double()
     assert out.dtype == dtype and change.abs().max() <= eps and change.any()
     assert (out.double() - exact.double()).abs().max() <= torch.finfo(dtype).eps  # a unit in the last place
@@ -445,34 +445,34 @@ class Wider(nn.Module):
         (lambda: protector(NETS[0]), "checkpoints must be a sequence of models, got one model"),
         (lambda: protector([NETS[0], "net"]), "checkpoints must be at least one model, got"),
         (lambda: protector(3), "checkpoints must be models, got int"),
-        (lambda: protector(NETS, eps=-0.1), "eps must be at least 0, got -0.1"),
+        (lambda: protector(NETS, epsilon=-0.1), "epsilon must be at least 0, got -0.1"),
         (lambda: protector(NETS, step_size=-1.0), "step_size must be at least 0"),
         (lambda: protector(NETS, step_size=math.nan), "step_size must be at least 0"),
         (lambda: protector(NETS, n_steps=0), "n_steps must be an integer of at least 1"),
         (lambda: protector(NETS, mode="sep"), "mode must be one of 'ce', 'fa', 'vr', got 'sep'"),
         (lambda: protector(NETS, n_inner=0), "n_inner must be an integer of at least 1"),
         (lambda: protector(NETS, features="head"), "features must be a function"),
-        (lambda: protector(NETS, num_classes=1), "num_classes must be an integer of at least 2"),
+        (lambda: protector(NETS, n_classes=1), "n_classes must be an integer of at least 2"),
         (lambda: protector(NETS, target_shift=0.5), "target_shift must be an integer"),
-        (lambda: protector(NETS, bounds=(1.0, 0.0)), "bounds must be a lower and a higher number"),
+        (lambda: protector(NETS, bounds=(1.0, 0.0)), "bounds must be two finite numbers .* low < high"),
         (lambda: protector(NETS, bounds=1.0), "bounds must be two numbers"),
-        (lambda: protector(NETS, bounds=(0.0, "1")), "bounds must be a number"),
+        (lambda: protector(NETS, bounds=(0.0, "one")), "bounds must be two numbers"),
         (lambda: protector(NETS, batch_size=0), "batch_size must be an integer of at least 1"),
         (lambda: protector(NETS).protect(X + 0.5, Y), r"x must be in bounds \[0, 1\]"),
         (lambda: protector(NETS).protect(X * math.nan, Y), r"x must be in bounds \[0, 1\], got others or NaN"),
         (lambda: protector(NETS).protect(X.long(), Y), "x must be a floating-point tensor"),
         (lambda: protector(NETS).protect(X[:, 0], Y), r"x must have shape \(n, \.\.\.\)"),
-        (lambda: protector(NETS).protect(X, Y[:3]), r"y must have shape \(24\) for x, got \(3,\)"),
+        (lambda: protector(NETS).protect(X, Y[:3]), r"y must have shape \(24\) for one class a sample, got \(3,\)"),
         (lambda: protector(NETS).protect(X, Y.double()), "y must hold class indices, got torch.float64"),
         (lambda: protector(NETS).protect(X, Y + 1), r"y must be in 0\.\.3 for 4 classes, got values from 1 to 4"),
         (lambda: protector(NETS).protect(X, Y - 1), r"y must be in 0\.\.3"),
         (lambda: protector(NETS, mode="fa").protect(X[Y < 2], Y[Y < 2]), r"y must have a sample of each class aimed at.* \[2, 3\]"),
-        (lambda: protector(NETS, num_classes=9).protect(X, Y), r"y must have a sample of each class aimed at.* \[4, 5, 6, 7\]"),
-        (lambda: protector(NETS, mode="ce", num_classes=9).protect(X, Y), "checkpoints must give 9 logits, num_classes, got 4"),
+        (lambda: protector(NETS, n_classes=9).protect(X, Y), r"y must have a sample of each class aimed at.* \[4, 5, 6, 7\]"),
+        (lambda: protector(NETS, mode="ce", n_classes=9).protect(X, Y), "checkpoints must give 9 logits, n_classes, got 4"),
         (lambda: protector(BROKEN, mode="ce").protect(X, Y), "finite gradients, that of checkpoint 1 is not"),
         (lambda: protector(BROKEN, mode="vr").protect(X, Y), "finite gradients, that of checkpoint 1 is not"),
         (lambda: protector([Constant()], mode="ce").protect(X, Y), "checkpoints must have a gradient with respect to x"),
-        (lambda: protector([nn.Identity()], features=Wider(), num_classes=K).protect(X, Y), "features must be as wide as those of means, 6, got 10"),
+        (lambda: protector([nn.Identity()], features=Wider(), n_classes=K).protect(X, Y), "features must be as wide as those of means, 6, got 10"),
         (lambda: protector(NETS, features=lambda net, x: x.sum()).protect(X, Y), r"features must be of shape \(batch, any\)"),
         (lambda: protector([NO_HEAD]).protect(X[:, None], Y), "features must be given"),
         (lambda: protector([nn.Unflatten(1, (2, 3))], mode="ce").protect(X, Y), "checkpoints must give logits of shape"),

@@ -59,3 +59,6 @@ def test_two_things_of_one_name_in_the_files_of_a_paper_are_refused(tmp_path, mo
     paper = replace(get("esd"), module="posterity.graphs.one", parts=("two",))
     with pytest.raises(ValueError, match=r"f is defined in posterity.graphs.two and in posterity.graphs.one"):
         vendored(paper)
+    (tmp_path / "graphs" / "two.py").write_text('"""Two."""\nk, f = 1, 2\ndef g():\n    return f\n')
+    with pytest.raises(ValueError, match=r"f is defined in posterity.graphs.two and in posterity.graphs.one"):
+        vendored(paper)

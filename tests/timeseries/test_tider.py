@@ -370,6 +370,8 @@ HUGE[3, 0] = np.inf
         ({"trend": -1.0}, X0, "trend must be at least 0"),
         ({"lr": 0.0}, X0, "lr must be greater than 0"),
         ({"lr": 1e30}, X0, "lr must be lower"),
+        ({"lr": 1e30, "max_epochs": 1}, X0, "lr must be lower"),
+        ({"lr": 1e30, "max_epochs": 1, "validation_fraction": 0.0}, X0, "lr must be lower"),
         ({"standardize": False}, X0 * 1e30, "lr must be lower, or standardize True: the loss is inf"),
         ({"max_epochs": 0}, X0, "max_epochs must be an integer of at least 1"),
         ({"patience": 0}, X0, "patience must be an integer of at least 1"),

@@ -289,9 +289,23 @@ def test_fitted_estimators_refuse_other_series(as_a_user):
         classes.predict(np.zeros((4, 12)))
 
 
+@pytest.mark.parametrize("unit", [2.0**-600, 2.0**600])
+def test_units_whose_squares_are_no_numbers_change_nothing(unit):
+    X = daily(60)
+    plain, other = (TimesNetForecaster(horizon=6, seq_len=24, **SMALL).fit(scale * X) for scale in (1, unit))
+    np.testing.assert_array_equal(other.predict(), unit * plain.predict())
+
+
 def test_a_rate_that_diverges_is_named(as_a_user):
     with pytest.raises(ValueError, match="lr must be lower"):
         TimesNetForecaster(horizon=2, seq_len=12, lr=1e30, **QUICK).fit(daily(60))
+
+
+@pytest.mark.parametrize("validation_fraction", [0.0, 0.2])
+def test_a_rate_at_which_the_last_step_diverges_is_named(as_a_user, validation_fraction):
+    one = {"max_epochs": 1, "batch_size": 1000, "validation_fraction": validation_fraction}
+    with pytest.raises(ValueError, match="lr must be lower"):
+        TimesNetForecaster(horizon=2, seq_len=12, lr=1e30, **one, **QUICK).fit(daily(60))
 
 
 SMALL = {"max_epochs": 1, "d_model": 4, "d_ff": 4, "n_layers": 1, "n_kernels": 1, "random_state": 0}

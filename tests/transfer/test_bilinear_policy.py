@@ -20,12 +20,12 @@ def walk(goals, steps=8, rate=0.3, extra=True):
 
 
 GOALS = np.random.default_rng(0).uniform(0, 1, (40, 2))
-QUICK = {"goal_indices": (2, 3), "max_steps": 30, "random_state": 0}
+QUICK = {"goal_indices": (2, 3), "n_steps": 30, "random_state": 0}
 
 
 def test_a_linear_law_is_followed_half_a_range_outside():
     policy = BilinearTransductionPolicy(
-        (), 2, goal_indices=[2, 3], max_steps=400, batch_size=64, lr=1e-2, random_state=0
+        (), 2, goal_indices=[2, 3], n_steps=400, batch_size=64, lr=1e-2, random_state=0
     ).fit(walk(GOALS))
     worst = 0.0
     for goal in ([1.5, 0.5], [-0.5, 0.5], [0.5, 1.5], [1.3, 1.3]):
@@ -87,15 +87,18 @@ def test_training_pairs_are_at_equal_times():
     """Actions depend on time alone, and differences of equal times are 0: the anchor says it all."""
     demos = [{"obs": np.stack([np.arange(6.0), np.full(6, 1.0 + k)], 1), "action": np.sin(np.arange(6.0))[:, None]}
              for k in range(2)]  # fmt: skip
-    policy = BilinearTransductionPolicy(
-        (16,), 4, goal_indices=[1], max_steps=250, lr=1e-2, random_state=0
-    ).fit(demos)
+    policy = BilinearTransductionPolicy((16,), 4, goal_indices=[1], n_steps=250, lr=1e-2, random_state=0).fit(
+        demos
+    )
     policy.reset([0.0, 1.0])
     for t in range(6):
         assert abs(policy.act([float(t), 1.0])[0] - np.sin(t)) < 0.3
 
 
-def test_the_same_random_state_gives_the_same_bytes_and_pickling_keeps_an_episode():
+def test_the_same_random_state_gives_the_same_bytes_pickling_keeps_an_episode_and_no_gpu_is_reseeded(
+    monkeypatch,
+):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs were reseeded"))
     before, demos = torch.get_rng_state(), walk(GOALS)
     policy, twin = (BilinearTransductionPolicy(**QUICK).fit(demos) for _ in range(2))
     obs = np.array([0.1, 0.2, 1.3, 0.4])
@@ -117,7 +120,7 @@ def test_single_precision_stays_so_and_constant_features_are_no_harm():
     assert policy.act(demos[0]["obs"][0]).dtype == np.float32
     assert next(policy.predictor_.parameters()).dtype == torch.float32
     still = [{"obs": np.full((4, 2), 7.0), "action": np.full((4, 1), 2.0)}] * 3
-    policy = BilinearTransductionPolicy(goal_indices=[1], max_steps=2, random_state=0).fit(still)
+    policy = BilinearTransductionPolicy(goal_indices=[1], n_steps=2, random_state=0).fit(still)
     assert policy.reset([7.0, 7.0]) == 0
     assert np.isfinite(policy.act([7.0, 7.0])).all()
 
@@ -165,7 +168,7 @@ def test_refuses_demonstrations_that_do_not_fit_and_names_them(as_a_user, demos,
         ({"goal_indices": 2}, "goal_indices must be a sequence of at least one index, got 2"),
         ({"hidden": 32}, "hidden must be a sequence of widths, got 32"),
         ({"n_embed": 0}, "n_embed must be an integer of at least 1, got 0"),
-        ({"max_steps": 0}, "max_steps must be"), ({"batch_size": 0}, "batch_size must be"), ({"lr": 0}, "lr must be"),
+        ({"n_steps": 0}, "n_steps must be"), ({"batch_size": 0}, "batch_size must be"), ({"lr": 0}, "lr must be"),
         ({"device": "nowhere"}, "device must be one that torch has here, got 'nowhere'"),
         ({"lr": 1e200}, "lower lr"),
     ],

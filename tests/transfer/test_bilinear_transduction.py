@@ -186,7 +186,7 @@ def test_no_query_has_no_anchor_and_strided_points_are_as_others():
 
 X = np.random.default_rng(0).uniform(0, 1, (120, 2))
 Y = np.exp(X @ [1.5, 1.0])
-QUICK = {"hidden": (16,), "n_embed": 3, "max_steps": 20, "lr": 1e-2, "n_deltas": 300, "random_state": 0}
+QUICK = {"hidden": (16,), "n_embed": 3, "n_steps": 20, "lr": 1e-2, "n_deltas": 300, "random_state": 0}
 
 
 def fitted(**options):
@@ -195,7 +195,7 @@ def fitted(**options):
 
 def test_the_estimator_conforms_to_its_kind(as_a_user):
     quick = BilinearTransductionRegressor(
-        (), 4, max_steps=20, batch_size=256, lr=0.1, n_deltas=100, random_state=0
+        (), 4, n_steps=20, batch_size=256, lr=0.1, n_deltas=100, random_state=0
     )
     check_estimator(quick, invariant=["shift X", "scale X", "shift y", "scale y"])
 
@@ -206,19 +206,19 @@ def every_pair(n):
 
 
 @pytest.mark.parametrize("loss", ["norm", "squared"])
-@pytest.mark.parametrize("lr_schedule", ["constant", "cosine"])
-def test_a_fit_is_adam_on_the_errors_of_pairs(monkeypatch, loss, lr_schedule):
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_fit_is_adam_on_the_errors_of_pairs(monkeypatch, loss, schedule):
     """All pairs in each step, against the whole product and its diagonal, from the same start."""
     monkeypatch.setattr(module._Pairs, "draw", lambda self, m: every_pair(self.n))
     x, y = X[:9], np.stack([Y[:9], X[:9, 0]], 1)
-    options = {"loss": loss, "lr_schedule": lr_schedule, "lr": 1e-2}
-    start = fitted(**{**options, "lr": 1e-40, "max_steps": 1}).fit(x, y).predictor_
-    found = fitted(**options, max_steps=7).fit(x, y)
+    options = {"loss": loss, "schedule": schedule, "lr": 1e-2}
+    start = fitted(**{**options, "lr": 1e-40, "n_steps": 1}).fit(x, y).predictor_
+    found = fitted(**options, n_steps=7).fit(x, y)
     z, t = (torch.from_numpy((v - v.mean(0)) / v.std(0)) for v in (x, y))
     i, j = every_pair(9)
     optimizer, curve = torch.optim.Adam(start.parameters(), lr=1e-2), []
     for step in range(7):
-        if lr_schedule == "cosine":
+        if schedule == "cosine":
             optimizer.param_groups[0]["lr"] = 1e-2 * (1 + np.cos(np.pi * step / 7)) / 2
         a = start.anchor_net(z[i]).reshape(-1, 2, 3)
         b = start.delta_net(z[j] - z[i]).reshape(-1, 3, 2)
@@ -235,7 +235,7 @@ def test_a_fit_is_adam_on_the_errors_of_pairs(monkeypatch, loss, lr_schedule):
 
 def test_learned_weights_are_a_softmax_over_the_other_points_of_a_batch():
     x, y = X[:7], Y[:7]
-    model = fitted(pairing="learned", loss="squared", max_steps=1, lr=1e-40, batch_size=99).fit(x, y)
+    model = fitted(pairing="learned", loss="squared", n_steps=1, lr=1e-40, batch_size=99).fit(x, y)
     z, t = torch.from_numpy((x - x.mean(0)) / x.std(0)), torch.from_numpy((y - y.mean()) / y.std())
     total = 0.0
     for j in range(7):
@@ -278,7 +278,7 @@ def test_a_prediction_is_the_mean_over_the_anchors_of_least_distance():
 
 def test_the_distance_is_zero_for_what_was_seen_and_grows_from_one_further_width_on():
     for n_deltas in (200, 20_000, None):
-        model = fitted(max_steps=1, n_deltas=n_deltas).fit(X, Y)
+        model = fitted(n_steps=1, n_deltas=n_deltas).fit(X, Y)
         assert len(model.train_deltas_) == (200 if n_deltas == 200 else 120**2)
         assert not model.anchors(X)[1].any()
     seen = X[3] + (X[5] - X[8])
@@ -292,7 +292,7 @@ def test_a_function_of_rank_one_is_extrapolated_where_a_network_of_the_same_size
     test = np.random.default_rng(1).uniform(0.9, 1.4, (300, 2))
     truth = np.exp(test @ [1.5, 1.0])
     model = BilinearTransductionRegressor(
-        n_embed=2, loss="squared", max_steps=400, batch_size=64, lr=1e-2, lr_schedule="cosine", random_state=0
+        n_embed=2, loss="squared", n_steps=400, batch_size=64, lr=1e-2, schedule="cosine", random_state=0
     ).fit(X, Y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -330,16 +330,17 @@ def test_pairs_and_anchors_stay_in_the_group_where_it_is_known():
     assert np.abs(model.train_deltas_[:, 0]).max() <= max(widths) + 1e-9  # none crosses the border
 
 
-def test_the_same_random_state_gives_the_same_bytes_and_pickling_keeps_them():
+def test_the_same_random_state_gives_the_same_bytes_pickling_keeps_them_and_no_gpu_is_reseeded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs were reseeded"))
     before = torch.get_rng_state()
     for options in ({}, {"pairing": "learned"}, {"radius": 0.5, "n_anchors": 2}):
-        options = {**options, "max_steps": 8}
+        options = {**options, "n_steps": 8}
         model, twin = fitted(**options).fit(X, Y), fitted(**options).fit(X, Y)
         assert model.predict(X + 0.4).tobytes() == twin.predict(X + 0.4).tobytes()
         kept = pickle.loads(pickle.dumps(model))
         assert kept.predict(X + 0.4).tobytes() == model.predict(X + 0.4).tobytes()
         assert np.array_equal(kept.loss_curve_, twin.loss_curve_)
-    assert not np.array_equal(fitted(random_state=1, max_steps=8).fit(X, Y).loss_curve_, twin.loss_curve_)
+    assert not np.array_equal(fitted(random_state=1, n_steps=8).fit(X, Y).loss_curve_, twin.loss_curve_)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -349,12 +350,12 @@ def test_numbers_in_single_precision_stay_so_and_a_constant_column_or_target_is_
     assert next(model.predictor_.parameters()).dtype == torch.float32
     flat = np.column_stack([X, np.full(120, 7.0)])
     assert np.isfinite(fitted().fit(flat, Y).predict(flat + 0.1)).all()
-    still = fitted(max_steps=1).fit(X, np.full(120, 3.0)).predict(X)
+    still = fitted(n_steps=1).fit(X, np.full(120, 3.0)).predict(X)
     assert np.isfinite(still).all()
 
 
 def test_without_standardising_distances_are_in_the_units_of_the_data():
-    model = fitted(standardize=False, max_steps=1).fit(10 * X, Y)
+    model = fitted(standardize=False, n_steps=1).fit(10 * X, Y)
     assert np.array_equal(model.x_train_, 10 * X)
     np.testing.assert_allclose(model.anchors([[30.0, 5.0]])[1], [[10.0]], atol=1.5)
 
@@ -414,8 +415,8 @@ def test_refuses_bad_input_by_name(as_a_user, call, message):
         ({"hidden": None}, "hidden must be a sequence of widths, got None"),
         ({"pairing": "all"}, "pairing must be one of 'uniform', 'groups', 'learned', got 'all'"),
         ({"loss": "l1"}, "loss must be one of"),
-        ({"lr_schedule": None}, "lr_schedule must be one of"),
-        ({"max_steps": 0}, "max_steps must be an integer of at least 1"),
+        ({"schedule": None}, "schedule must be one of"),
+        ({"n_steps": 0}, "n_steps must be an integer of at least 1"),
         ({"batch_size": 0.5}, "batch_size must be an integer of at least 1"),
         ({"lr": 0.0}, "lr must be greater than 0"),
         ({"n_deltas": 0}, "n_deltas must be an integer of at least 1"),
@@ -438,7 +439,7 @@ def test_refuses_data_that_do_not_fit(as_a_user):
         fitted().fit(X[:1], Y[:1])
     with pytest.raises(ValueError, match="y contains NaN"):
         fitted().fit(X, np.where(Y > 2, np.nan, Y))
-    model = fitted(max_steps=1).fit(X, Y)
+    model = fitted(n_steps=1).fit(X, Y)
     with pytest.raises(ValueError, match="3 features"):
         model.predict(np.ones((2, 3)))
     with pytest.raises(ValueError, match="groups may be given where fit had them"):
@@ -447,7 +448,7 @@ def test_refuses_data_that_do_not_fit(as_a_user):
         fitted().fit(X, Y, groups=np.ones(120))
     with pytest.raises(ValueError, match=r"groups must have a label for each of 120 rows, got shape \(3,\)"):
         fitted(pairing="groups").fit(X, Y, groups=[1, 2, 3])
-    model = fitted(pairing="groups", max_steps=1).fit(X, Y, groups=np.arange(120) % 2)
+    model = fitted(pairing="groups", n_steps=1).fit(X, Y, groups=np.arange(120) % 2)
     with pytest.raises(ValueError, match="groups must be among those of training, got"):
         model.anchors(X[:2], groups=[0, 2])
     with pytest.raises(ValueError, match=r"groups must have a label for each of 2 rows, got shape \(1,\)"):

@@ -163,7 +163,7 @@ SEEN = draw()[3]
         ({"target": torch.zeros(59).long()}, r"target must have shape \(60\)"),
         ({"target": torch.full((60,), 12)}, r"target must be in 0\.\.11"),
         ({"target": None}, "target must hold class indices, got NoneType"),
-        ({"pairs": torch.zeros(12, 2)}, "pairs must hold indices, got torch.float32"),
+        ({"pairs": torch.zeros(12, 2)}, "pairs must hold integers, got torch.float32"),
         ({"pairs": torch.zeros(11, 2).long()}, r"pairs must have shape \(12, 2\) for the candidates of scores"),
         ({"pairs": torch.zeros(12, 2).long()}, "pairs must be different"),
         ({"seen": torch.zeros(12)}, "seen must be a bool tensor, got torch.float32"),

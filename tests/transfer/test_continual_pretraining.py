@@ -307,6 +307,12 @@ def contrast_by_hand(a, p, n, t):
     return total / len(a)
 
 
+def test_a_loss_of_one_number_counts_with_dimensions_and_without():
+    plain = unit_importance(LAYER, UNITS, [torch.ones(1, 2)], lambda m, x: m(x).sum())
+    found = unit_importance(LAYER, UNITS, [torch.ones(1, 2)], lambda m, x: m(x).sum().reshape(1))
+    assert torch.equal(found["a"], plain["a"])
+
+
 def views(n=5, d=3):
     return torch.randn(3, n, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -323,7 +329,11 @@ def test_a_far_negative_hardly_counts_and_size_does_not():
     a = F.one_hot(torch.arange(3), 4).double()
     plain = integration_loss(a, a)
     assert abs(float(integration_loss(a, a, -a.sum(0).expand(3, 4)) - plain)) < 1e-6
-    torch.testing.assert_close(integration_loss(9 * a, 0.1 * a), plain)
+    for size in (1e-30, 0.1, 1e30):  # whose squares are not numbers of float32
+        torch.testing.assert_close(integration_loss(9 * a, size * a), plain)
+        torch.testing.assert_close(
+            integration_loss(size * a.float(), size * a.float()), integration_loss(a.float(), a.float())
+        )
 
 
 def test_the_contrast_in_low_precision(as_a_user):
@@ -370,8 +380,8 @@ IDS = torch.tensor([[5, 6]])
         (lambda: unit_scales(UNITS, {"a": torch.ones(3)}).__enter__(), r"must have shape \(2\)"),
         (lambda: unit_importance(LAYER, UNITS, [], lambda m, x: m(x).sum()), "at least one batch, got none"),
         (lambda: unit_importance(LAYER, [], [1], lambda m, x: m(x).sum()), r"at least one, got \[\]"),
-        (lambda: unit_importance(LAYER, UNITS, [torch.ones(1, 2)], lambda m, x: m(x)), "finite scalar"),
-        (lambda: unit_importance(LAYER, UNITS, [torch.ones(1, 2)], lambda m, x: m(x).sum() / 0), "finite scalar"),
+        (lambda: unit_importance(LAYER, UNITS, [torch.ones(1, 2)], lambda m, x: m(x)), "loss_fn must return a scalar tensor"),
+        (lambda: unit_importance(LAYER, UNITS, [torch.ones(1, 2)], lambda m, x: m(x).sum() / 0), "what loss_fn returns must be finite"),
         (lambda: unit_importance(LAYER, UNITS, [torch.ones(2, requires_grad=True)], lambda m, x: x.sum()), "depend on a unit"),
         (lambda: normalize_importance({"a": torch.tensor([math.nan, 1.0])}), "must be finite"),
         (lambda: normalize_importance({"a": torch.ones(2).long()}), "floating-point"),

@@ -51,6 +51,14 @@ def loss_of(model, batch):
     return F.cross_entropy(logits.flatten(0, 1), batch["input_ids"].flatten())
 
 
+def test_an_objective_of_one_number_counts_with_dimensions_and_without():
+    plain, found = (
+        trainer_of(made(), objective=each, contrast=0.0).fit_domain(batches(), n_steps=2)
+        for each in (loss_of, lambda *args: loss_of(*args).reshape(1))
+    )
+    assert list(plain) == list(found)
+
+
 def test_without_importance_and_contrast_steps_are_those_of_plain_training_to_the_bit():
     model = made(dropout=0.0)
     plain = copy.deepcopy(model).train()

@@ -246,6 +246,9 @@ def test_feasibility_is_the_double_loop_over_words():
         expected = 1.0 if (a, o) in seen else (by_object + by_attribute) / 2
         assert abs(float(found[a, o]) - expected) < 1e-12, (a, o)
     assert found[3, 4] == -1
+    for size in (1e-30, 1e30):  # whose squares are not numbers of float32
+        other = feasibility(torch.tensor(sorted(seen)), size * attributes.float(), size * objects.float())
+        torch.testing.assert_close(other, found.float())
     none = feasibility(torch.zeros(0, 2, dtype=torch.long), attributes, objects)
     assert (none == -1).all()
     low = feasibility(torch.tensor(sorted(seen)), attributes.bfloat16(), objects.bfloat16())
@@ -316,8 +319,8 @@ def test_refuses_a_template_whose_slots_are_not_the_last_tokens_or_that_is_too_l
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MADE.encode(PAIRS.float()), "pairs must hold indices, got torch.float32"),
-        (lambda: MADE.encode([[0, 0]]), "pairs must hold indices, got list"),
+        (lambda: MADE.encode(PAIRS.float()), "pairs must hold integers, got torch.float32"),
+        (lambda: MADE.encode([[0, 0]]), "pairs must hold integers, got list"),
         (lambda: MADE.encode(PAIRS[:, :1]), r"pairs must have shape \(m, 2\) or \(m, k\), k > 2, m > 0, got \(4, 1\)"),
         (lambda: MADE.encode(PAIRS[:0]), r"got \(0, 2\)"),
         (lambda: MADE.encode(PAIRS[0]), r"got \(2,\)"),
@@ -331,7 +334,7 @@ def test_refuses_a_template_whose_slots_are_not_the_last_tokens_or_that_is_too_l
         (lambda: MADE([[1.0]], PAIRS), "images must be a tensor as the model takes it, got list"),
         (lambda: MADE(pairs=PAIRS, image_features=X5.long()), "image_features must be a floating-point tensor"),
         (lambda: MADE(pairs=PAIRS, image_features=X5[:, :4]), r"image_features must have shape \(any, 5\) for text features"),
-        (lambda: feasibility(PAIRS.float(), draw(3, 2), draw(2, 2)), "seen_pairs must hold indices"),
+        (lambda: feasibility(PAIRS.float(), draw(3, 2), draw(2, 2)), "seen_pairs must hold integers"),
         (lambda: feasibility(PAIRS, draw(2, 2), draw(2, 2)), r"seen_pairs: an attribute must be in 0\.\.1, got values from 0 to 2"),
         (lambda: feasibility(PAIRS, draw(3, 2), draw(1, 2)), r"seen_pairs: an object must be in 0\.\.0"),
         (lambda: feasibility(PAIRS, draw(3, 2) * math.nan, draw(2, 2)), "attribute_embeddings must be finite"),

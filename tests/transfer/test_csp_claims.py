@@ -80,8 +80,6 @@ def test_coop_with_the_vectors_of_words_is_the_model_with_those_words():
         (recombines, images(*every("abc", "xyz"), "a_b_x"), "classes must be named attribute_object, as red_disc, got 'a_b_x'"),
         (recombines, images(*every("ab", "xy")), "three pairs must be left .* there are 4 pairs of 2 attributes and 2 objects"),
         (recombines, images(*every("abc", "xyz"), each=3), "4 images of each class are needed, 'a_x' has 3"),
-        (recombines, images(*every("abc", "xyz")), "images must have 16 x 16 pixels for model=tiny, have 6 x 5"),
-        (higher_order, images(*every("abc", "xyz"), "a_b_x", "b_c_y"), "images must have 16 x 16 pixels for model=tiny"),
         (higher_order, images(*every("abc", "xyz")), "at least two classes named attribute_attribute_object are needed, has 0"),
         (higher_order, images("a_b_x", "b_a_x", "a_x"), "at least two classes named attribute_object are needed, has 1"),
         (higher_order, images("a_b_x", "b_a_x", "a_x", "a_y"), "'b' of a_b_x must be in a class of one attribute too"),

@@ -318,6 +318,20 @@ def test_recurrent_layers_and_attention_have_a_derivative_too():
         assert found.residual_norm <= layer_variation(model, None, x, y).residual_norm
 
 
+def test_running_out_of_memory_is_said_and_no_reason_for_the_slow_loop():
+    model = net(3, 3, 1)
+
+    def too_large(module, args):
+        try:
+            float(args[0].detach().sum())  # which vmap refuses
+        except RuntimeError as error:
+            raise torch.OutOfMemoryError("out of memory") from error
+
+    model.register_forward_pre_hook(too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer_variation(model, None, randn(6, 3), randn(6, 1, seed=1), n_layers=2)
+
+
 def test_two_layers_of_a_linear_network_take_the_least_step_that_explains_the_labels_to_first_order():
     """f = W2 W1 x: J by hand, the least step by pinv, then the last layer by pinv again."""
     model, x, y = net(3, 2, 2, act=nn.Identity, bias=False), randn(30, 3), randn(30, 2, seed=1)

@@ -236,7 +236,7 @@ def test_classes_arrive_around_a_time_of_their_own():
 
 def test_each_class_has_a_hump_a_period():
     y = torch.arange(4).repeat(900)
-    stream = gaussian_stream(y, sigma=0.02, repeats=3, generator=rng())
+    stream = gaussian_stream(y, sigma=0.02, n_repeats=3, generator=rng())
     for label in range(4):
         time = stream.time[y[stream.index] == label].numpy()
         own = np.round((time - np.median(time)) % 1 * 4) % 4
@@ -254,7 +254,7 @@ def test_without_spread_classes_come_in_blocks_in_any_order_within():
 
 def test_later_classes_start_at_their_period_and_what_came_before_is_dropped():
     y = torch.arange(10).repeat(400)
-    stream = gaussian_stream(y, sigma=0.0, repeats=4, initial_classes=0.2, generator=rng())
+    stream = gaussian_stream(y, sigma=0.0, n_repeats=4, initial_classes=0.2, generator=rng())
     exist = [round(10 * (0.2 + 0.8 * (p + 1) / 4)) for p in range(4)]  # 4, 6, 8, 10
     assert [int((stream.class_start <= p).sum()) for p in range(4)] == exist
     labels = y[stream.index]
@@ -411,7 +411,7 @@ F32, Y4 = torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])
         (lambda: BalancedMemory(2).add(F32, 0.5), "y must be an integer"),
         (lambda: BalancedMemory(2).load_state_dict({}), "state must be what"),
         (lambda: gaussian_stream(Y4, sigma=-1.0), "sigma must be at least 0"),
-        (lambda: gaussian_stream(Y4, repeats=0), "repeats must be an integer of at least 1"),
+        (lambda: gaussian_stream(Y4, n_repeats=0), "n_repeats must be an integer of at least 1"),
         (lambda: gaussian_stream(Y4, initial_classes=1.1), "initial_classes must be in"),
         (lambda: gaussian_stream(Y4.float()), "y must hold class indices"),
         (lambda: gaussian_stream(Y4[:0]), "y must have at least one row"),

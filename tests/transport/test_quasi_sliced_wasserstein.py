@@ -236,6 +236,12 @@ def test_a_batch_gets_a_draw_a_pair_and_a_fixed_set_none():
     assert len(QuasiSlicedWasserstein(5, reduction="none")(x, y).unique()) == 1
 
 
+@pytest.mark.parametrize("randomize", [None, "rotate", "scramble"])
+def test_no_pairs_have_no_distances(randomize):
+    loss = QuasiSlicedWasserstein(5, method="gaussian", randomize=randomize, reduction="none")
+    assert loss(torch.zeros(0, 4, 3), torch.zeros(0, 6, 3)).shape == (0,)
+
+
 def test_fixed_directions_are_a_buffer_that_needs_no_checkpoint():
     loss = QuasiSlicedWasserstein(5).float()
     assert loss.directions.dtype == torch.float32 and not loss.state_dict()

@@ -340,7 +340,7 @@ def test_wrong_arguments_are_refused(as_a_user):
         (lambda: loss(2 * z, y), "unit rows, got lengths .*normalise them first"),
         (lambda: loss(z * math.nan, y), "finite"),
         (lambda: loss(z, y + 1), r"target must be in 0\.\.2"),
-        (lambda: loss(z, y.double()), "integers"),
+        (lambda: loss(z, y.double()), "class indices"),
         (lambda: loss(z, y[:3]), "target must have shape"),
         (lambda: loss(z[:, :4], y), "embeddings must have shape"),
         (

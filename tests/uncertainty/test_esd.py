@@ -2,12 +2,16 @@
 
 import itertools
 import math
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from posterity.claims.uncertainty.esd import _images
+from posterity.lab.data import split
 from posterity.testing import check_loss, check_metric
 from posterity.uncertainty import (
     ESDLoss,
@@ -235,10 +239,10 @@ LOGITS, TARGET = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
         (lambda: ESDLoss()(LOGITS[:, :1], TARGET), "at least 2 classes, got 1"),
         (lambda: ESDLoss()(LOGITS[None], TARGET), r"logits must have shape \(any, any\)"),
         (lambda: ESDLoss()(LOGITS.long(), TARGET), "logits must be a floating-point"),
-        (lambda: ESDLoss()(LOGITS, TARGET[:3]), r"target must have shape \(4\) for logits"),
-        (lambda: ESDLoss()(LOGITS, TARGET + 3), r"target must be in 0\.\.2 for logits, got values from 3 to 3"),
+        (lambda: ESDLoss()(LOGITS, TARGET[:3]), r"target must have shape \(4\) for one class a sample"),
+        (lambda: ESDLoss()(LOGITS, TARGET + 3), r"target must be in 0\.\.2, got values from 3 to 3"),
         (lambda: ESDLoss()(LOGITS, TARGET - 1), r"target must be in 0\.\.2"),
-        (lambda: ESDLoss()(LOGITS, TARGET.float()), "class indices, got dtype torch.float32"),
+        (lambda: ESDLoss()(LOGITS, TARGET.float()), "class indices, got torch.float32"),
         (lambda: ESDMetric().compute(), "preds must have had at least 3 rows before compute, got 0"),
         (lambda: MMCELoss(bandwidth=0.0), "bandwidth must be greater than 0"),
         (lambda: SBECELoss(temperature=-1.0), "temperature must be greater than 0"),
@@ -254,8 +258,17 @@ def test_refuses_bad_input_by_name(as_a_user, call, message):
 
 
 def test_the_metric_without_torchmetrics_says_what_to_install(monkeypatch):
-    import posterity.uncertainty.esd as module
-
-    monkeypatch.setattr(module, "torchmetrics", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
     with pytest.raises(ModuleNotFoundError, match=r"posterity\[uncertainty\]"):
         ESDMetric()
+
+
+def test_a_pixel_that_only_test_images_vary_in_is_not_blown_up(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.random((200, 8, 8), dtype=np.float32), np.arange(200) % 2
+    _, test = split(200, (30 / 200, 1 - 130 / 200), 0)
+    x[:, 0, 0] = 0.0
+    x[test, 0, 0] = 1.0
+    np.savez(tmp_path / "images.npz", x=x, y=y)
+    seen, _, shown, _ = _images(str(tmp_path / "images.npz"), 30, 0.0, 0)
+    assert (seen[..., 0, 0] == 0).all() and shown.abs().max() < 10

@@ -9,7 +9,7 @@ from torch.distributions import MultivariateNormal
 from posterity.testing import check_neural_process
 from posterity.uncertainty import LBANP
 
-SMALL = {"n_latents": 3, "dim_model": 16, "n_layers": 2, "n_heads": 2, "dim_feedforward": 8}
+SMALL = {"n_latents": 3, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 8}
 JOINT = ["cholesky", "lowrank"]
 
 
@@ -37,7 +37,7 @@ def test_parameters_are_counted():
     parts = [model.embed_context, model.embed_query, model.encoder, model.decoder, model.norm, model.head]
     assert [count(part) for part in parts] == [12_672, 12_608, 499_968, 250_368, 128, 8_578]
     assert count(model) == 784_834
-    other = LBANP(2, 3, n_latents=16, dim_model=32, n_layers=3, n_heads=2, dim_feedforward=64)
+    other = LBANP(2, 3, n_latents=16, d_model=32, n_layers=3, n_heads=2, d_ff=64)
     assert count(other) == 105_126
     assert float(model.latents.detach().std()) == pytest.approx(1, abs=0.1)
 
@@ -157,7 +157,7 @@ def test_bounded_scales_and_triangular_factors():
 
 @pytest.mark.parametrize("covariance", ["diagonal", *JOINT])
 def test_gradients(covariance):
-    model, args = small(n_layers=1, dim_model=4, covariance=covariance, rank=2), batch(4, 3)
+    model, args = small(n_layers=1, d_model=4, covariance=covariance, rank=2), batch(4, 3)
     args = [part.requires_grad_() for part in args]
     assert torch.autograd.gradcheck(model.log_likelihood, tuple(args))
 
@@ -181,7 +181,7 @@ def test_dropout_is_for_training():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"dim_model": 10, "n_heads": 4}, "dim_model must be a multiple of n_heads, got 10 and 4"),
+        ({"d_model": 10, "n_heads": 4}, "d_model must be a multiple of n_heads, got 10 and 4"),
         ({"n_latents": 0}, "n_latents must be an integer of at least 1, got 0"),
         ({"rank": 0}, "rank must be"),
         ({"dropout": 1.0}, "dropout must be in"),

@@ -129,7 +129,7 @@ def test_one_generator_draws_the_same_function_in_every_precision(as_a_user, mod
 @pytest.mark.parametrize("covariance", ["cholesky", "lowrank"], ids=lambda name: f"lbanp-{name}")
 def test_joint_predictions_are_factorised_in_single_precision(as_a_user, covariance):
     torch.manual_seed(0)
-    model = LBANP(1, 1, dim_model=8, n_layers=1, n_heads=2, covariance=covariance, rank=3).eval()
+    model = LBANP(1, 1, d_model=8, n_layers=1, n_heads=2, covariance=covariance, rank=3).eval()
     check_low_precision(
         lambda net, *tensors: net.log_likelihood(*tensors), model, tasks(6, 5), slack=32, gradient=False
     )

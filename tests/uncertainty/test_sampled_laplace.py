@@ -170,6 +170,21 @@ class Unmappable(nn.Module):
         return self.out(x) * (2.0 if float(x.abs().max()) > 0 else 1.0)
 
 
+class TooLarge(nn.Module):
+    """Runs out of memory where many samples come at once."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        try:
+            float(x.detach().sum())  # which vmap refuses
+        except RuntimeError as error:
+            raise torch.OutOfMemoryError("out of memory") from error
+        return self.net(x)
+
+
 def make(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -182,6 +197,12 @@ def make(name):
             fixed = [f"layer.norm{k}.{part}" for k in (1, 2) for part in ("weight", "bias")]
             return Attention().double(), 12, tuple(fixed)
         return {"tied": Tied, "unmappable": Unmappable}[name]().double(), 4, ()
+
+
+def test_running_out_of_memory_is_said_and_no_reason_for_the_slow_loop():
+    model = TooLarge(nn.Linear(4, 3)).double()
+    with pytest.raises(torch.OutOfMemoryError):
+        SampledLaplace(model, "classification", n_samples=2).fit(randn(6, 4), torch.arange(6) % 3)
 
 
 @pytest.mark.parametrize("name", ["convolution", "tied", "attention", "unmappable"])

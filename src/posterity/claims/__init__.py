@@ -13,8 +13,8 @@ Three forms are enough:
 The decorators' arguments and the parameters' defaults are literals, so that a claim can
 be shown without being imported; only ``check``, which is a function, is not.
 
-A parameter that is a number says in its annotation what is allowed (`Count`, `Share`,
-`Positive`, or ``Annotated[int, Between(2, 10)]``); what several must fulfil together, or the
+A parameter that is a number says in its annotation what is allowed (`Count`, `Several`,
+`Share`, `PartOfAll`, `Positive`, `NotNegative`, or ``Annotated[int, Between(2, 10)]``); what several must fulfil together, or the
 data, ``check`` says. Both are asked before any trial.
 """
 
@@ -28,7 +28,10 @@ __all__ = [
     "Between",
     "Claim",
     "Count",
+    "NotNegative",
+    "PartOfAll",
     "Positive",
+    "Several",
     "Share",
     "Trial",
     "bound",
@@ -71,6 +74,9 @@ class Between:
 Count = Annotated[int, Between(1)]
 Share = Annotated[float, Between(0, 1)]
 Positive = Annotated[float, Between(0, above=True)]
+Several = Annotated[int, Between(2)]
+NotNegative = Annotated[float, Between(0)]
+PartOfAll = Annotated[float, Between(0, 1, above=True)]
 
 
 @dataclass

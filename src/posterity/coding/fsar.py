@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from posterity._checks import integer
 from posterity._files import seal, unseal
+from posterity._models import resize_buffers
 from posterity._precision import wide
 from posterity.coding._stacks import frequencies, pack_shape, stack, unpack_shape, words
 from posterity.coding.finite_state import check_offsets, n_rows
@@ -340,9 +341,7 @@ class FSARCodec(nn.Module):
         return self._tools
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        found = state_dict.get(prefix + "freqs")
-        if isinstance(found, Tensor):  # its size is not known before
-            self.freqs = torch.zeros(found.shape, dtype=torch.int32, device=self.freqs.device)
+        resize_buffers(self, ["freqs"], state_dict, prefix)
         self._tools = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 

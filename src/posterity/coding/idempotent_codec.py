@@ -12,16 +12,15 @@ added; of the mean squared error it costs a factor of two, at most.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from posterity._checks import at_least, floating, has_shape, integer, one_of, within
-from posterity._models import evaluating
+from posterity._checks import at_least, floating, has_shape, integer, interval, one_of, within
+from posterity._models import at_rest
 from posterity._precision import wide
 from posterity._random import draw_device
 
@@ -85,7 +84,7 @@ def posterior_sample(
     betas: Float[Tensor, " steps"] | None = None,
     clip: tuple[float, float] | None = (-1.0, 1.0),
     max_tries: int = 1,
-    tolerance: float | None = None,
+    tol: float | None = None,
     x_init: Float[Tensor, " n *shape"] | None = None,
     generator: torch.Generator | None = None,
 ) -> PosteriorSample:
@@ -111,9 +110,9 @@ def posterior_sample(
     clip : tuple of float, optional
         Range of the expected samples inside; None leaves them.
     max_tries : int, default=1
-        Samples whose residual is above ``tolerance`` are drawn again, with 1.5 times the scale, this often in all;
+        Samples whose residual is above ``tol`` are drawn again, with 1.5 times the scale, this often in all;
         the better counts.
-    tolerance : float, optional
+    tol : float, optional
         Residual above which a sample is drawn again; None takes what comes.
     x_init : Tensor of shape (n, *shape), optional
         Where to start, by default from normal noise.
@@ -160,10 +159,9 @@ def posterior_sample(
     one_of("method", method, ("dps", "dsg"))
     at_least("scale", scale, 0)
     max_tries = integer("max_tries", max_tries, 1)
-    if tolerance is not None:
-        at_least("tolerance", tolerance, 0)
-    if clip is not None and (len(clip) != 2 or not clip[0] < clip[1]):
-        raise ValueError(f"clip must be (low, high), got {clip}")
+    if tol is not None:
+        at_least("tol", tol, 0)
+    clip = None if clip is None else interval("clip", clip)
     steps = _schedule(linear_betas() if betas is None else betas)
     if x_init is not None:
         has_shape("x_init", floating("x_init", x_init), shape)
@@ -179,11 +177,12 @@ def posterior_sample(
         with torch.no_grad():
             return x, _norm(target[rows] - forward(x))
 
-    with _at_rest(prior, forward), torch.autocast(target.device.type, enabled=False):
+    owners = [getattr(part, "__self__", part) for part in (prior, forward)]  # of methods
+    with at_rest(*owners), torch.autocast(target.device.type, enabled=False):
         x, residual = run(torch.arange(shape[0], device=target.device), scale)
         evals = len(steps[0])
-        for attempt in range(1, 1 if tolerance is None else max_tries):
-            rows = residual.gt(tolerance or 0.0).nonzero()[:, 0]
+        for attempt in range(1, 1 if tol is None else max_tries):
+            rows = residual.gt(tol or 0.0).nonzero()[:, 0]
             if not len(rows):
                 break
             again, left = run(rows, scale * HARDER**attempt)
@@ -202,7 +201,7 @@ class IdempotentCodec:
         With ``compress(x)``, ``decompress(data)`` and a differentiable ``reconstruct(x)``, on images in [-1, 1].
     prior : object
         With ``denoise(x, alpha_bar)``: a model of the same images, without any condition.
-    method, scale, betas, max_tries, tolerance
+    method, scale, betas, max_tries, tol
         As for `posterior_sample`.
 
     Raises
@@ -229,7 +228,7 @@ class IdempotentCodec:
 
     def __init__(
         self, codec: Any, prior: Any, *, method: Literal["dps", "dsg"] = "dps", scale: float = 0.6,
-        betas: Float[Tensor, " steps"] | None = None, max_tries: int = 3, tolerance: float | None = None,
+        betas: Float[Tensor, " steps"] | None = None, max_tries: int = 3, tol: float | None = None,
     ) -> None:  # fmt: skip
         for name in ("compress", "decompress", "reconstruct"):
             if not callable(getattr(codec, name, None)):
@@ -242,7 +241,7 @@ class IdempotentCodec:
         self.betas = linear_betas() if betas is None else betas
         _schedule(self.betas)
         self.max_tries = integer("max_tries", max_tries, 1)
-        self.tolerance = None if tolerance is None else at_least("tolerance", tolerance, 0)
+        self.tol = None if tol is None else at_least("tol", tol, 0)
 
     def compress(self, x: Float[Tensor, " n *shape"]) -> bytes:
         """Return exactly ``codec.compress(x)``.
@@ -316,7 +315,7 @@ class IdempotentCodec:
         found = posterior_sample(
             self.prior, self.codec.reconstruct, many.flatten(0, 1), (n_samples * len(y), *y.shape[1:]),
             method=self.method, scale=self.scale, betas=self.betas, clip=RANGE, max_tries=self.max_tries,
-            tolerance=self.tolerance, generator=generator,
+            tol=self.tol, generator=generator,
         )  # fmt: skip
         x = realism * found.x.clamp(*RANGE).reshape(many.shape) + (1 - realism) * many
         return x if n_samples > 1 else x[0]
@@ -361,7 +360,7 @@ class IdempotentCodec:
         return float((ours == theirs).double().mean())
 
     def _at_rest(self, x: Tensor) -> Tensor:
-        with _at_rest(self.codec):
+        with at_rest(self.codec):
             return self.codec.reconstruct(x)
 
     def _matching(self, x_hat: Tensor, data: bytes) -> Tensor:
@@ -378,7 +377,7 @@ class IdempotentCodec:
 
     def _differentiable(self, y: Tensor) -> None:
         """Try once whether a gradient comes through the codec."""
-        with torch.enable_grad(), _at_rest(self.codec):
+        with torch.enable_grad(), at_rest(self.codec):
             probe = y[:1].clone().requires_grad_()
             out = self.codec.reconstruct(probe)
             grad = torch.autograd.grad(out.sum(), probe, allow_unused=True)[0] if out.requires_grad else None
@@ -446,14 +445,3 @@ def _norm(x: Tensor) -> Tensor:
 def _unit(x: Tensor) -> Tensor:
     size = _norm(x).reshape(-1, *[1] * (x.ndim - 1))
     return x / torch.where(size > 0, size, 1)
-
-
-@contextmanager
-def _at_rest(*parts: Any) -> Iterator[None]:
-    """Put what is a module, or a method of one, into eval mode for a while."""
-    owners = [getattr(part, "__self__", part) for part in parts]
-    with ExitStack() as stack:
-        for module in owners:
-            if isinstance(module, nn.Module):
-                stack.enter_context(evaluating(module))
-        yield

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, integer, one_of
+from posterity._models import resize_buffers
 from posterity._precision import wide
 from posterity._random import draw_device
 from posterity.coding._integers import UNIT
@@ -446,9 +447,7 @@ class LDMIC(nn.Module):
         return F.pad(x.double() if self._is_frozen else wide(x), (0, right, 0, down), mode="replicate")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        found = state_dict.get(prefix + "freqs")
-        if isinstance(found, Tensor):  # its size is not known before
-            self.freqs = torch.zeros(found.shape, dtype=torch.int32, device=self.freqs.device)
+        resize_buffers(self, ["freqs"], state_dict, prefix)
         self._tools = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 

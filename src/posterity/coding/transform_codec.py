@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from posterity._checks import at_least, finite, floating, has_shape, integer
 from posterity._files import seal, unseal
+from posterity._models import resize_buffers
 from posterity._precision import wide
 from posterity._random import draw_device
 from posterity._tables import integer_tables
@@ -25,7 +26,7 @@ from posterity.coding._stacks import Rows, stack, words
 
 __all__ = ["TransformCodec"]
 
-MARK = b"PTRC"
+MARK, VERSION = b"PTRC", 2  # the first version's checksum leaves the center out
 HEADER = struct.Struct("<IQ")
 PRECISION = 16
 BATCH = 64
@@ -199,7 +200,7 @@ class TransformCodec(nn.Module):
         symbols = (self.symbols(x) - self.low).cpu().numpy()
         coder, table = stack(), self._rows()
         table.push(coder, symbols.T.reshape(-1), np.repeat(np.arange(self.n_latents), len(symbols)))
-        return seal(MARK, HEADER.pack(len(symbols), self._checksum(table)) + words(coder))
+        return seal(MARK, HEADER.pack(len(symbols), self._checksum(table)) + words(coder), VERSION)
 
     @torch.no_grad()
     def decompress(self, data: bytes) -> Float[Tensor, " n *shape"]:
@@ -233,21 +234,21 @@ class TransformCodec(nn.Module):
         -------
         Tensor of shape (n, n_latents), int64
         """
-        payload = unseal(MARK, data)
+        first = isinstance(data, bytes | bytearray | memoryview) and bytes(data[5:6]) == b"\1"
+        version = 1 if first else VERSION
+        payload = unseal(MARK, data, version)
         if len(payload) < HEADER.size:
             raise ValueError("data must have a header, got less")
         n, checksum = HEADER.unpack_from(payload)
         table = self._rows()
-        if checksum != self._checksum(table):
+        if checksum != self._checksum(table, version):
             raise ValueError("data must be of this codec, got those of another: its tables or network differ")
         coder = stack(payload[HEADER.size :], (n * self.n_latents, table.least))
         found = table.pop(coder, np.repeat(np.arange(self.n_latents), n)).reshape(self.n_latents, n)
         return torch.from_numpy(found.T.astype(np.int64)).to(self.low.device) + self.low
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        found = state_dict.get(f"{prefix}freqs")  # as long as the data made it
-        if isinstance(found, Tensor) and found.ndim == 2 and len(found) == self.n_latents:
-            self.freqs = torch.zeros_like(found, device=self.freqs.device)
+        resize_buffers(self, ["freqs"], state_dict, prefix)  # as long as the data made it
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _checked(self, x: Tensor) -> Tensor:
@@ -283,9 +284,10 @@ class TransformCodec(nn.Module):
         self._ready()
         return Rows(self.freqs.cpu().numpy(), PRECISION)
 
-    def _checksum(self, table: Rows) -> int:
+    def _checksum(self, table: Rows, version: int = VERSION) -> int:
         """Return a mark of everything that decoding depends on."""
-        net = b"".join(p.detach().cpu().float().numpy().tobytes() for p in self.synthesis.parameters())
+        parts = [*self.synthesis.parameters(), *([self.center] if version > 1 else [])]
+        net = b"".join(p.detach().cpu().float().numpy().tobytes() for p in parts)
         rest = np.concatenate([self.low.cpu().numpy(), self.shape]).astype("<i8").tobytes()
         return table.checksum() << 32 | zlib.crc32(net + rest + struct.pack("<d", self.step))
 

@@ -31,7 +31,7 @@ VIEW_MARK = b"PLDM"
 VIEW_HEAD = struct.Struct("<II")  # checksums of the model and of the latents
 PRECISION = 24  # bits of a frequency
 LARGEST, SIDE = 1023, 63  # of a latent's symbol and of a hyper-latent, in magnitude
-N_SCALES, LEAST, MOST = 64, "0.11", "256"
+N_SCALES, FINEST, COARSEST = 64, "0.11", "256"
 FARTHEST = 2.0**22  # of a mean, in units: latents stay within what float32 holds exactly
 REACH = 2  # of a context: 5 x 5
 AT_ONCE = 2**23  # numbers of a batch that a network takes at once
@@ -203,7 +203,7 @@ class Predictor(NamedTuple):
 @widened
 def gaussian_nats(away: Tensor, raw: Tensor) -> Tensor:
     """Return the nats (m,) of unit intervals about numbers that are so far from their mean: ``-log P``."""
-    scale = F.softplus(raw) + float(LEAST)
+    scale = F.softplus(raw) + float(FINEST)
     far = away.abs()
     above, below = torch.special.log_ndtr((0.5 - far) / scale), torch.special.log_ndtr(-(0.5 + far) / scale)
     inside = (above - below).clamp_min(torch.finfo(away.dtype).tiny)
@@ -344,7 +344,7 @@ def _scales() -> list[decimal.Decimal]:
     """Return 64 scales, each the same multiple of the one before."""
     with decimal.localcontext() as context:
         context.prec = 40
-        low, high = decimal.Decimal(LEAST), decimal.Decimal(MOST)
+        low, high = decimal.Decimal(FINEST), decimal.Decimal(COARSEST)
         return [low * (high / low) ** (decimal.Decimal(i) / (N_SCALES - 1)) for i in range(N_SCALES)]
 
 
@@ -354,7 +354,7 @@ def _thresholds() -> ndarray:
     with decimal.localcontext() as context:
         context.prec = 40
         middle = [
-            (a * b).sqrt() - decimal.Decimal(LEAST) for a, b in zip(_scales(), _scales()[1:], strict=False)
+            (a * b).sqrt() - decimal.Decimal(FINEST) for a, b in zip(_scales(), _scales()[1:], strict=False)
         ]
         raw = [value + (1 - (-value).exp()).ln() for value in middle]  # of softplus the inverse
         return np.array([float((value * int(UNIT)).to_integral_value()) for value in raw])

@@ -31,14 +31,14 @@ class EfficientAttention(nn.Module):
     channels : int
         Of both images.
     key_channels, value_channels : int, optional
-        Of keys and queries, and of values, multiples of ``heads``. By default an eighth and a quarter of ``channels``.
-    heads : int, default=2
+        Of keys and queries, and of values, multiples of ``n_heads``. By default an eighth and a quarter of ``channels``.
+    n_heads : int, default=2
         Parts of the channels that attend apart, at least 1.
 
     Raises
     ------
     ValueError
-        If channels are not multiples of ``heads``, or images do not fit them.
+        If channels are not multiples of ``n_heads``, or images do not fit them.
 
     References
     ----------
@@ -59,20 +59,20 @@ class EfficientAttention(nn.Module):
         *,
         key_channels: int | None = None,
         value_channels: int | None = None,
-        heads: int = 2,
+        n_heads: int = 2,
     ) -> None:
         super().__init__()
         integer("channels", channels, 1)
-        self.heads = integer("heads", heads, 1)
-        if (key_channels is None or value_channels is None) and channels % (8 * heads):
-            raise ValueError(f"channels must be a multiple of 8 * heads = {8 * heads}, got {channels}: or give key_channels and value_channels")  # fmt: skip
+        self.n_heads = integer("n_heads", n_heads, 1)
+        if (key_channels is None or value_channels is None) and channels % (8 * n_heads):
+            raise ValueError(f"channels must be a multiple of 8 * n_heads = {8 * n_heads}, got {channels}: or give key_channels and value_channels")  # fmt: skip
         wide_keys = channels // 8 if key_channels is None else integer("key_channels", key_channels, 1)
         wide_values = (
             channels // 4 if value_channels is None else integer("value_channels", value_channels, 1)
         )
         for name, value in (("key_channels", wide_keys), ("value_channels", wide_values)):
-            if value % heads:
-                raise ValueError(f"{name} must be a multiple of heads = {heads}, got {value}")
+            if value % n_heads:
+                raise ValueError(f"{name} must be a multiple of n_heads = {n_heads}, got {value}")
         self.channels = channels
         self.keys = nn.Conv2d(channels, wide_keys, 1)
         self.queries = nn.Conv2d(channels, wide_keys, 1)
@@ -99,13 +99,13 @@ class EfficientAttention(nn.Module):
         for name, x in (("target", target), ("source", source)):
             if not x.shape[2] * x.shape[3]:
                 raise ValueError(f"{name} must have positions, got shape {tuple(x.shape)}")
-        found = _attend(self.queries(target), self.keys(source), self.values(source), self.heads)
+        found = _attend(self.queries(target), self.keys(source), self.values(source), self.n_heads)
         return self.reprojection(found)
 
 
 @widened
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    q, k, v = (x.flatten(2).unflatten(1, (heads, -1)) for x in (queries, keys, values))
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, n_heads: int) -> Tensor:
+    q, k, v = (x.flatten(2).unflatten(1, (n_heads, -1)) for x in (queries, keys, values))
     summary = torch.einsum("nhkp,nhvp->nhkv", k.softmax(-1), v)
     found = torch.einsum("nhkv,nhkp->nhvp", summary, q.softmax(2))
     return found.flatten(1, 2).unflatten(2, queries.shape[2:])
@@ -133,8 +133,8 @@ class JointContextTransfer(nn.Module):
     Parameters
     ----------
     channels : int
-        A multiple of ``8 * heads``.
-    heads : int, default=2
+        A multiple of ``8 * n_heads``.
+    n_heads : int, default=2
         Parts of the channels that attend apart, at least 1.
 
     Raises
@@ -154,9 +154,9 @@ class JointContextTransfer(nn.Module):
     torch.Size([2, 3, 16, 4, 4])
     """
 
-    def __init__(self, channels: int, *, heads: int = 2) -> None:
+    def __init__(self, channels: int, *, n_heads: int = 2) -> None:
         super().__init__()
-        self.attn = EfficientAttention(channels, heads=heads)
+        self.attn = EfficientAttention(channels, n_heads=n_heads)
         self.rb1, self.rb2 = ResidualBlock(channels, channels), ResidualBlock(channels, channels)
         self.refine = nn.Sequential(ResidualBlock(2 * channels, channels), ResidualBlock(channels, channels))
 

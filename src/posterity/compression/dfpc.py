@@ -156,7 +156,7 @@ def prune_channels(
     *,
     method: Literal["dfpc", "l1", "random"] = "dfpc",
     scope: Literal["all", "uncoupled"] = "all",
-    steps: int = 1,
+    n_steps: int = 1,
     min_channels: int = 1,
     round_to: int = 1,
     ignore: Sequence[str] = (),
@@ -181,7 +181,7 @@ def prune_channels(
         As of `channel_saliencies`.
     scope : {"all", "uncoupled"}, default="all"
         "uncoupled" takes only from couplings of one feeding and one reading layer.
-    steps : int, default=1
+    n_steps : int, default=1
         In how many turns, at least 1; scores are computed anew on the smaller network in each.
     min_channels : int, default=1
         What is left at least of a coupling.
@@ -222,7 +222,7 @@ def prune_channels(
     """
     one_of("method", method, METHODS)
     one_of("scope", scope, ("all", "uncoupled"))
-    steps, round_to = integer("steps", steps, 1), integer("round_to", round_to, 1)
+    n_steps, round_to = integer("n_steps", n_steps, 1), integer("round_to", round_to, 1)
     min_channels = integer("min_channels", min_channels, 1)
     if isinstance(amount, float):
         within("amount", amount, 0, 1, open_high=True)
@@ -230,7 +230,7 @@ def prune_channels(
         amount = integer("amount", amount, 0)
     if finetune is not None and not callable(finetune):
         raise ValueError(f"finetune must be callable, got {type(finetune).__name__}")
-    picture = look(model, example_inputs, bounding=method == "dfpc" and steps == 1)
+    picture = look(model, example_inputs, bounding=method == "dfpc" and n_steps == 1)
     if not picture.couplings:
         raise ValueError("model must have channels that can be removed, got none: every one is tied to an input, "
                          "an output or what is named in the warning")  # fmt: skip
@@ -246,9 +246,9 @@ def prune_channels(
     alive = [np.ones(n, bool) for n in sizes]
     gone = 0
     macs = [0, 0]
-    for step in range(1, steps + 1):
-        wanted = total * step // steps - gone
-        small = picture if steps == 1 else look(now, example_inputs, bounding=method == "dfpc", quiet=True)
+    for step in range(1, n_steps + 1):
+        wanted = total * step // n_steps - gone
+        small = picture if n_steps == 1 else look(now, example_inputs, bounding=method == "dfpc", quiet=True)
         members = _members(picture, small, alive)
         scores = _scores(small, members, method, generator)
         left = _select(scores, alive, open_to, wanted, min_channels, round_to)
@@ -271,7 +271,7 @@ def prune_channels(
 
 
 @torch.inference_mode(False)
-def latency(model: nn.Module, example_inputs: Inputs, *, repeats: int = 30, warmup: int = 5) -> float:
+def latency(model: nn.Module, example_inputs: Inputs, *, n_repeats: int = 30, warmup: int = 5) -> float:
     """Return the median seconds of a forward pass in eval mode, without gradients.
 
     Parameters
@@ -280,7 +280,7 @@ def latency(model: nn.Module, example_inputs: Inputs, *, repeats: int = 30, warm
         Its modes are put back.
     example_inputs : Tensor or tuple of Tensor
         The whole batch to time.
-    repeats : int, default=30
+    n_repeats : int, default=30
         Passes that are timed, at least 1.
     warmup : int, default=5
         Passes before them.
@@ -299,10 +299,10 @@ def latency(model: nn.Module, example_inputs: Inputs, *, repeats: int = 30, warm
     --------
     >>> import torch
     >>> from posterity.compression import latency
-    >>> 0 < latency(torch.nn.Linear(4, 4), torch.rand(2, 4), repeats=3) < 1
+    >>> 0 < latency(torch.nn.Linear(4, 4), torch.rand(2, 4), n_repeats=3) < 1
     True
     """
-    repeats, warmup = integer("repeats", repeats, 1), integer("warmup", warmup, 0)
+    n_repeats, warmup = integer("n_repeats", n_repeats, 1), integer("warmup", warmup, 0)
     first_sample(example_inputs)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -310,7 +310,7 @@ def latency(model: nn.Module, example_inputs: Inputs, *, repeats: int = 30, warm
     wait: Any = torch.cuda.synchronize if inputs[0].is_cuda else lambda: None
     seconds = []
     with torch.no_grad(), _as_it_predicts(model):
-        for turn in range(warmup + repeats):
+        for turn in range(warmup + n_repeats):
             wait()
             start = time.perf_counter()
             try:

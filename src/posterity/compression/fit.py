@@ -25,7 +25,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from posterity._checks import at_least, integer, one_of
+from posterity._checks import at_least, floating, integer, one_of, scalar
 from posterity._models import evaluating
 from posterity.compression._layers import weighted_layers
 from posterity.compression.gradient_norms import Calls, squared_norms
@@ -78,7 +78,7 @@ def sensitivity(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    loss: Callable[[Any, Any], Tensor] = F.cross_entropy,
+    loss_fn: Callable[[Any, Any], Tensor] = F.cross_entropy,
     layers: Sequence[str] | None = None,
     estimator: Literal["per-sample", "batch"] = "per-sample",
     max_batches: int | None = None,
@@ -93,8 +93,8 @@ def sensitivity(
         Looked at in eval mode; not changed. Samples must not depend on each other.
     batches : iterable of (x, y)
         Inputs, with the batch as their first axis, and targets.
-    loss : callable, default=cross_entropy
-        ``loss(model(x), y)``: a scalar, the mean over the samples.
+    loss_fn : callable, default=cross_entropy
+        ``loss_fn(model(x), y)``: a scalar, the mean over the samples.
     layers : sequence of str, optional
         Names of Linear and Conv layers; by default all. A weight that several share counts once.
     estimator : {"per-sample", "batch"}, default="per-sample"
@@ -165,10 +165,10 @@ def sensitivity(
                 raise ValueError("batches must have samples, got one without")
             with ExitStack() as stack:
                 calls = stack.enter_context(Calls(model, modules))
-                value = _scalar(loss(calls.forward(x), y))
+                value = _scalar(loss_fn(calls.forward(x), y))
                 calls.backward(value * n, weights=not each)
             # of the sum of losses: the gradients of single samples, side by side
-            of_weights = squared_norms(calls, x, y, loss, each=each)
+            of_weights = squared_norms(calls, x, y, loss_fn, each=each)
             # the authors' figure grows with n: their mean is over batches, not samples
             weights.add({name: total / n for name, total in of_weights.items()}, n if each else 1)
             activations.add({name: total / n for name, total in calls.input_norms().items()}, n)
@@ -354,11 +354,9 @@ def _budget(name: str, value: Any, options: list[int]) -> None:
 
 
 def _scalar(value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-        shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"loss must return a scalar, the mean over samples, got {shape}")
+    value = floating("what loss_fn returns", scalar("loss_fn", value))
     if not bool(torch.isfinite(value)):
-        raise ValueError(f"loss must be finite, got {value.item()}")
+        raise ValueError(f"loss_fn must be finite, got {value.item()}")
     return value
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from posterity._checks import at_least, integer, within
+from posterity._checks import at_least, integer, scalar, within
 from posterity.compression.masked_network import HARP
 from posterity.compression.robust_loss import robust_loss
 
@@ -88,7 +88,7 @@ def harp_prune(
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     rate: float,
     *,
-    loss: Callable[..., Tensor] = robust_loss,
+    loss_fn: Callable[..., Tensor] = robust_loss,
     prune_epochs: int = 20,
     finetune_epochs: int = 100,
     gamma: float = 0.01,
@@ -110,8 +110,8 @@ def harp_prune(
         ``batches()`` starts a pass over the training data, pairs of inputs and labels: ``lambda: loader``.
     rate : float
         Share of the weights to keep, in (0, 1].
-    loss : callable, default=robust_loss
-        ``loss(model, x, y)`` is a scalar; ``functools.partial(robust_loss, epsilon=0.1)`` sets an attack.
+    loss_fn : callable, default=robust_loss
+        ``loss_fn(model, x, y)`` is a scalar; ``functools.partial(robust_loss, epsilon=0.1)`` sets an attack.
     prune_epochs, finetune_epochs : int
         At least 1 and 0.
     gamma : float, default=0.01
@@ -123,7 +123,7 @@ def harp_prune(
     device : str or torch.device, default="cpu"
         Where to train, and where the result lies.
     generator : torch.Generator, optional
-        Given to a ``loss`` that takes one.
+        Given to a ``loss_fn`` that takes one.
     **harp_options
         Of `HARP`: ``alpha``, ``start``, ``granularity``, ``learn_rates``, ``learn_scores``, ``layers``.
 
@@ -167,8 +167,8 @@ def harp_prune(
         raise ValueError(
             f"batches must be a callable that starts a pass over the data, as lambda: loader, got {type(batches).__name__}"
         )
-    if not callable(loss):
-        raise ValueError(f"loss must be callable, got {type(loss).__name__}")
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
     integer("prune_epochs", prune_epochs, 1)
     integer("finetune_epochs", finetune_epochs, 0)
     at_least("gamma", gamma, 0)
@@ -177,7 +177,7 @@ def harp_prune(
     within("momentum", momentum, 0, 1, open_high=True)
     at_least("weight_decay", weight_decay, 0)
     harp = HARP(model, rate, **harp_options).to(device)
-    run = _Run(batches, loss, generator, torch.device(device))
+    run = _Run(batches, loss_fn, generator, torch.device(device))
     history: dict[str, list[float]] = {
         n: [] for n in ("robust loss", "compression loss", "keep rate", "gamma")
     }
@@ -271,11 +271,11 @@ class _Run:
     """Passes over the data, each batch with its loss, checked."""
 
     def __init__(
-        self, batches: Callable[[], Iterable[Any]], loss: Callable[..., Tensor], generator: torch.Generator | None,
+        self, batches: Callable[[], Iterable[Any]], loss_fn: Callable[..., Tensor], generator: torch.Generator | None,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self.batches, self.loss, self.device = batches, loss, device
-        takes = generator is not None and "generator" in inspect.signature(loss).parameters
+        self.batches, self.loss_fn, self.device = batches, loss_fn, device
+        takes = generator is not None and "generator" in inspect.signature(loss_fn).parameters
         self.options = {"generator": generator} if takes else {}
 
     def epoch(self, net: nn.Module, when: str) -> Iterable[Tensor]:
@@ -294,12 +294,10 @@ class _Run:
                 )
             # what was made in inference mode has no derivative
             x, y = ((part.clone() if part.is_inference() else part).to(self.device) for part in pair)
-            value = self.loss(net, x, y, **self.options)
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                raise ValueError(f"loss must return a scalar, got {type(value).__name__} in {when}")
+            value = scalar("loss_fn", self.loss_fn(net, x, y, **self.options))
             if not math.isfinite(value.detach()):
                 raise ValueError(
-                    f"loss must be finite, got {float(value.detach())} in {when}, step {step}: lower lr"
+                    f"loss_fn must be finite, got {float(value.detach())} in {when}, step {step}: lower lr"
                 )
             yield value
         if step < 0:

@@ -18,6 +18,7 @@ may cut is told by the curvature at its end: `posterity.compression.prunable_fra
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from posterity._checks import integer, one_of, within
 from posterity._precision import wide
-from posterity._random import draw_device
+from posterity._random import seeded
 from posterity.compression._layers import weighted_layers
 from posterity.compression.error_barriers import State, copies, require_finite, tensor_mask
 
@@ -343,10 +344,11 @@ def _train(
 @torch.no_grad()
 def _reinitialise(net: nn.Module, generator: torch.Generator | None) -> None:
     """Let each module draw its parameters anew; modules draw from torch's global generator, which is lent."""
-    with torch.random.fork_rng(enabled=generator is not None):
-        if generator is not None:
-            draw = torch.randint(2**62, (), generator=generator, device=draw_device(generator))
-            torch.manual_seed(int(draw))
+    lent = nullcontext()
+    if generator is not None:
+        draw = torch.randint(2**62, (), generator=generator, device=generator.device)
+        lent = seeded(int(draw), next(net.parameters()).device)
+    with lent:
         for module in reversed(list(net.modules())):  # parts before what holds them, which may know better
             reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
             if callable(reset):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from posterity._checks import at_least, finite, floating, integer, one_of
+from posterity._checks import at_least, finite, floating, integer, one_of, scalar
 from posterity._precision import NARROW, wide
 from posterity._random import draw_device
 from posterity.compression.error_barriers import require_finite, tensor_mask
@@ -59,7 +59,7 @@ def hessian_spectrum(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     mask: Mapping[str, Tensor] | None = None,
     method: Literal["exact", "lanczos"] = "lanczos",
     n_iter: int = 64,
@@ -75,8 +75,8 @@ def hessian_spectrum(
     batches : iterable of tuple of Tensor
         Inputs and targets. The graph of each batch's gradient is kept, so that memory grows with all of them:
         a thousand samples are enough for an estimate.
-    loss : callable, default=torch.nn.functional.cross_entropy
-        ``loss(model(x), y)`` is the mean over a batch, a scalar; batches are weighted by their size.
+    loss_fn : callable, default=torch.nn.functional.cross_entropy
+        ``loss_fn(model(x), y)`` is the mean over a batch, a scalar; batches are weighted by their size.
     mask : mapping of str to Tensor, optional
         Weights left, by the name of the parameter, as in `Level`; parameters that it does not name do not
         count. By default all weights of Linear and Conv layers.
@@ -119,7 +119,7 @@ def hessian_spectrum(
     >>> net = torch.nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # the Hessian of the squared error is 2 x^T x / 2
     >>> data = [(x, torch.zeros(2, 1))]
-    >>> hessian_spectrum(net, data, loss=torch.nn.functional.mse_loss, method="exact")[:2]
+    >>> hessian_spectrum(net, data, loss_fn=torch.nn.functional.mse_loss, method="exact")[:2]
     (tensor([1., 4.], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))
     """
     one_of("method", method, ("exact", "lanczos"))
@@ -147,7 +147,7 @@ def hessian_spectrum(
             torch.autocast("cpu", enabled=False),
             torch.autocast(kind, enabled=False),
         ):
-            hessian = _Hessian(net, kept, batches, loss)
+            hessian = _Hessian(net, kept, batches, loss_fn)
             if method == "exact":
                 return Spectrum(_eigenvalues(hessian, D), torch.ones(D, dtype=torch.float64), hessian.loss)
             nodes, shares = _quadrature(hessian, D, min(n_iter, D), n_probes, generator)
@@ -245,7 +245,7 @@ class _Hessian:
     """Products with the Hessian of the mean loss, from graphs of the gradient that are built once."""
 
     def __init__(
-        self, net: nn.Module, kept: Mapping[str, Tensor], batches: Iterable[Any], loss: Callable[..., Any]
+        self, net: nn.Module, kept: Mapping[str, Tensor], batches: Iterable[Any], loss_fn: Callable[..., Any]
     ) -> None:
         for p in net.parameters():
             p.requires_grad_(False)
@@ -258,15 +258,12 @@ class _Hessian:
         self.loss, total, self.together = 0.0, 0, True
         for number, batch in enumerate(batches):
             x, y = _pair(batch, number, self.device)
-            value = loss(net(x), y)
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"loss must return a scalar, the mean over a batch, got {got}")
+            value = floating("what loss_fn returns", scalar("loss_fn", loss_fn(net(x), y)))
             if not bool(value.isfinite()):
-                raise ValueError(f"loss must be finite, got {float(value.detach()):g} on batch {number}")
+                raise ValueError(f"loss_fn must be finite, got {float(value.detach()):g} on batch {number}")
             self.loss += len(x) * float(value.detach())
             total += len(x)
-            self.graphs.append((float(len(x)), self._gradient(value.sum())))
+            self.graphs.append((float(len(x)), self._gradient(value)))
         if not total:
             raise ValueError("batches must have at least one sample, got none")
         self.loss /= total
@@ -378,4 +375,4 @@ def _quadrature(
 
 def _require_curvature(product: Tensor) -> None:
     if not bool(product.isfinite().all()):
-        raise ValueError("loss must have finite second derivatives, got NaN or infinity")
+        raise ValueError("loss_fn must have finite second derivatives, got NaN or infinity")

@@ -10,8 +10,7 @@ loss is high; the network then learns on that point:
 with p the probabilities at x and p' those at x'.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -19,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity._checks import at_least, class_indices, floating, integer, one_of
-from posterity._models import evaluating
+from posterity._checks import at_least, class_indices, floating, integer, interval, one_of
+from posterity._models import held
 from posterity._precision import rounding, wide
 from posterity._random import draw_device
 
@@ -41,7 +40,7 @@ def robust_loss(
     n_steps: int = 10,
     beta: float = 6.0,
     norm: Literal["linf", "l2"] = "linf",
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    bounds: tuple[float, float] | None = (0.0, 1.0),
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
     """Return the loss of a classifier on adversarial inputs, for training and for pruning.
@@ -69,7 +68,7 @@ def robust_loss(
         Weight of the KL term of "trades" and "mart", at least 0.
     norm : {"linf", "l2"}, default="linf"
         Of the ball: of each entry, or of a whole input.
-    clip : tuple of float or None, default=(0.0, 1.0)
+    bounds : tuple of float or None, default=(0.0, 1.0)
         Range of inputs, which the attack keeps.
     generator : torch.Generator, optional
         Draws the start: uniform in the ball, or 1e-3 Gaussian for "trades"; torch's own by default.
@@ -82,7 +81,7 @@ def robust_loss(
     Raises
     ------
     ValueError
-        If an option is out of range, ``x`` is empty, lies outside ``clip`` or is not floating-point,
+        If an option is out of range, ``x`` is empty, lies outside ``bounds`` or is not floating-point,
         ``y`` does not fit, or the logits do not.
 
     References
@@ -113,12 +112,12 @@ def robust_loss(
         raise ValueError(f"x must have at least one sample, got shape {tuple(x.shape)}")
     class_indices("y", y, len(x))
     y = y.to(x.device, torch.long)
-    if clip is not None:
-        _within_range(x, clip)
+    if bounds is not None:
+        _within_range(x, bounds)
     if kind == "natural":
         return F.cross_entropy(_logits(model, x, y), y).to(x.dtype)
 
-    moved = _attack(model, x, y, kind, epsilon, step_size, n_steps, norm, clip, generator)
+    moved = _attack(model, x, y, kind, epsilon, step_size, n_steps, norm, bounds, generator)
     return _objective(model, x, y, moved, kind, beta).to(x.dtype)
 
 
@@ -146,7 +145,7 @@ def _objective(model: nn.Module, x: Tensor, y: Tensor, moved: Tensor, kind: str,
 @torch.enable_grad()
 def _attack(
     model: nn.Module, x: Tensor, y: Tensor, kind: str, epsilon: float, step_size: float, n_steps: int, norm: str,
-    clip: tuple[float, float] | None, generator: torch.Generator | None,
+    bounds: tuple[float, float] | None, generator: torch.Generator | None,
 ) -> Tensor:  # fmt: skip
     """Return points of the ball where the loss that is climbed is high, by projected steps."""
     x, y = x.detach().clone(), y.clone()  # of inference mode, what comes in has no derivative
@@ -158,9 +157,9 @@ def _attack(
         else:
             size = _rows(delta).norm(dim=1, keepdim=True).clamp_min(torch.finfo(delta.dtype).tiny)
             delta = (_rows(delta) * (epsilon / size).clamp(max=1)).view_as(delta)
-        return delta if clip is None else (centre + delta).clamp(*clip) - centre
+        return delta if bounds is None else (centre + delta).clamp(*bounds) - centre
 
-    with evaluating(model), _fixed(model):
+    with held(model):  # which spares what only gradients of parameters need
         if kind == "trades":
             delta = project(NEAR * _drawn(torch.randn, x, generator))
             with torch.no_grad():
@@ -186,19 +185,6 @@ def _attack(
                 step = F.normalize(rows / top.clamp_min(torch.finfo(rows.dtype).tiny), dim=1).view_as(slope)
             delta = project(delta + step_size * step)
     return (centre + delta).to(x.dtype)
-
-
-@contextmanager
-def _fixed(model: nn.Module) -> Iterator[None]:
-    """Take parameters for constants, which spares the attack what only their gradients need."""
-    learning = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
-    try:
-        for p in learning:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in learning:
-            p.requires_grad_(True)
 
 
 def _start(x: Tensor, epsilon: float, norm: str, generator: torch.Generator | None) -> Tensor:
@@ -236,17 +222,13 @@ def _divergence(still: Tensor, logits: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(1), still, reduction="none", log_target=True).sum(1)
 
 
-def _within_range(x: Tensor, clip: tuple[float, float]) -> None:
+def _within_range(x: Tensor, bounds: tuple[float, float]) -> None:
     """Refuse inputs outside the range; on an accelerator too, where the attack costs more than this read."""
-    if not (isinstance(clip, tuple | list) and len(clip) == 2):
-        raise ValueError(f"clip must be (low, high) or None, got {clip!r}")
-    low, high = (at_least("clip", end, -torch.finfo(torch.float64).max) for end in clip)
-    if low >= high:
-        raise ValueError(f"clip must be (low, high) with low below high, got {clip}")
+    low, high = interval("bounds", bounds)
     slack = rounding(x.dtype, 1e-6) * max(abs(low), abs(high))
     if x.numel() and not bool(((x >= low - slack) & (x <= high + slack)).all()):
         least, most = (float(end) for end in x.aminmax())
         raise ValueError(
-            f"x must be in clip = ({low:g}, {high:g}), got values from {least:g} to {most:g}: "
+            f"x must be in bounds = ({low:g}, {high:g}), got values from {least:g} to {most:g}: "
             "put the normalisation of inputs into the model"
         )

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from posterity._checks import integer
+from posterity._checks import indices, integer
 from posterity.dynamics._plots import axes
 
 __all__ = ["SuccessBound", "equipartition_kernel", "success_bound"]
@@ -234,11 +234,7 @@ def even(name: str, n_words: int, n_concepts: int) -> tuple[int, int]:
 
 def words(name: str, value: Tensor, n_words: int | None = None) -> Tensor:
     """Return sentences, (n, length), of words in 0 .. n_words - 1."""
-    dtype = value.dtype if isinstance(value, Tensor) else None
-    if dtype is None or dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
-        raise ValueError(f"{name} must hold words as integers, got {dtype or type(value).__name__}")
-    if value.ndim != 2:
-        raise ValueError(f"{name} must have shape (any, length), got {tuple(value.shape)}")
+    indices(name, value, (None, None), source="sentences of words")
     if n_words is not None and value.numel():
         low, high = (int(end) for end in value.aminmax())
         if low < 0 or high >= n_words:

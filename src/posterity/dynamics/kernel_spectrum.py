@@ -67,7 +67,7 @@ def relu_ntk(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, 
     return _kernel(first @ second.T).to(x)
 
 
-def ntk_eigenvalues(max_degree: int, d: int) -> Float[Tensor, " degrees"]:
+def ntk_eigenvalues(max_degree: int, dim: int) -> Float[Tensor, " degrees"]:
     r"""Return the eigenvalues of K on the sphere, one a degree, in closed form.
 
     .. math:: \mu_l = A_{d-1} \int_0^\pi K(\cos t)\, P_{l,d}(\cos t)\, \sin^{d-2} t\, \mathrm dt
@@ -76,8 +76,8 @@ def ntk_eigenvalues(max_degree: int, d: int) -> Float[Tensor, " degrees"]:
     ----------
     max_degree : int
         0 .. 10000.
-    d : int
-        Dimension of the space that holds the sphere, 2 .. 64.
+    dim : int
+        d, the dimension of the space that holds the sphere, 2 .. 64.
 
     Returns
     -------
@@ -108,23 +108,23 @@ def ntk_eigenvalues(max_degree: int, d: int) -> Float[Tensor, " degrees"]:
     tensor([ 9.0000, 25.0000], dtype=torch.float64)
     """
     _in_range("max_degree", max_degree, 0, LARGEST)
-    _in_range("d", d, 2, MOST)
+    _in_range("dim", dim, 2, MOST)
     # squares of the step's eigenvalues by degree, from those of P_{l-1}(0), which fall by a recurrence; even ones are 0
-    at_zero, steps = 1.0, [area(d) / 4]
+    at_zero, steps = 1.0, [area(dim) / 4]
     for degree in range(1, max_degree + 2):
         if degree % 2:
-            steps.append((area(d - 1) * at_zero / (degree + d - 2)) ** 2 / area(d))
-            at_zero *= degree / (degree + d - 2)
+            steps.append((area(dim - 1) * at_zero / (degree + dim - 2)) ** 2 / area(dim))
+            at_zero *= degree / (degree + dim - 2)
         else:
             steps.append(0.0)
     values = [(steps[0] + steps[1]) / 2]
     for degree in range(1, max_degree + 1):
-        beside = degree * steps[degree - 1] + (degree + d - 2) * steps[degree + 1]
-        values.append((steps[degree] + beside / (2 * degree + d - 2)) / 2)
+        beside = degree * steps[degree - 1] + (degree + dim - 2) * steps[degree + 1]
+        values.append((steps[degree] + beside / (2 * degree + dim - 2)) / 2)
     return torch.tensor(values, dtype=torch.float64)
 
 
-def learning_rates_by_degree(max_degree: int, d: int, s: float = 0.0) -> Float[Tensor, " degrees"]:
+def learning_rates_by_degree(max_degree: int, dim: int, s: float = 0.0) -> Float[Tensor, " degrees"]:
     """Return how fast a wide network learns each degree under a Sobolev loss: mu_l (1 + l)^(2s).
 
     Its part of the residual decays like exp(-rate * time), time the learning rate times the steps. Low degrees come
@@ -132,7 +132,7 @@ def learning_rates_by_degree(max_degree: int, d: int, s: float = 0.0) -> Float[T
 
     Parameters
     ----------
-    max_degree, d : int
+    max_degree, dim : int
         As of `ntk_eigenvalues`.
     s : float, default=0.0
         Sobolev index in [-8, 8].
@@ -160,7 +160,7 @@ def learning_rates_by_degree(max_degree: int, d: int, s: float = 0.0) -> Float[T
     (3.24, 1.17)
     """
     within("s", s, -STEEPEST, STEEPEST)
-    rates = ntk_eigenvalues(max_degree, d)
+    rates = ntk_eigenvalues(max_degree, dim)
     return rates * (1 + torch.arange(max_degree + 1, dtype=torch.float64)) ** (2 * s)
 
 

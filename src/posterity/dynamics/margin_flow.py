@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from posterity._checks import at_least, has_shape, integer, one_of, within
 from posterity._models import call, evaluating, state
+from posterity._random import draw_device
 from posterity.dynamics._plots import axes
 from posterity.dynamics.margin_bias import LARGEST, _margins, _outputs
 
@@ -85,8 +86,8 @@ class PowerDiagonal(nn.Module):
             if integer("degrees", degree, 1) % 2 == 0:
                 raise ValueError(f"degrees must be odd, so that coefficients have both signs, got {degree}")
         self.register_buffer("degrees", torch.tensor([int(degree) for degree in degrees]))
-        device = None if generator is None else generator.device
-        self.theta = nn.Parameter(torch.randn(len(degrees), generator=generator, device=device).cpu())
+        drawn = torch.randn(len(degrees), generator=generator, device=draw_device(generator))
+        self.theta = nn.Parameter(drawn.cpu())
 
     def coefficients(self) -> Float[Tensor, " d"]:
         """Return theta_i^D_i, the coefficients of x."""

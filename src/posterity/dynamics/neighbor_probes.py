@@ -35,7 +35,7 @@ def knn_predict(
     *,
     k: int = 20,
     metric: Metric = "cosine",
-    chunk: int = 4096,
+    chunk_size: int = 4096,
 ) -> Int[Tensor, " m"]:
     """Return the label that most of the k nearest samples have.
 
@@ -52,8 +52,8 @@ def knn_predict(
         nearest wins. Of samples that are equally near the earlier one is nearer.
     metric : {"cosine", "euclidean"}, default="cosine"
         The cosine of a row of zeros with any other is 0.
-    chunk : int, default=4096
-        Rows of either that are compared at once, at least 1: a block takes ``4 * chunk**2`` bytes. It does not change
+    chunk_size : int, default=4096
+        Rows of either that are compared at once, at least 1: a block takes ``4 * chunk_size**2`` bytes. It does not change
         the result.
 
     Returns
@@ -83,14 +83,14 @@ def knn_predict(
     >>> knn_predict(features, torch.tensor([4, 4, 7]), torch.tensor([[5.0, 0.0], [0.1, 3.0]]), k=1)
     tensor([4, 7])
     """
-    y = _checked(features, y, k, metric, chunk).detach()
+    y = _checked(features, y, k, metric, chunk_size).detach()
     n, d = features.shape
     has_shape("features_test", floating("features_test", features_test), (None, d), "features")
     integer("k", k, 1)
     if k > n:
         raise ValueError(f"k must be at most the number of samples, {n}, got {k}")
     _all_finite("features_test", features_test)
-    return _predict(features, y, features_test, k, metric, chunk, "features").to(y.dtype)
+    return _predict(features, y, features_test, k, metric, chunk_size, "features").to(y.dtype)
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def knn_probe(
     *,
     k: int = 20,
     metric: Metric = "cosine",
-    chunk: int = 4096,
+    chunk_size: int = 4096,
 ) -> Float[Tensor, ""]:
     """Return the accuracy of `knn_predict`, on test samples or leaving each sample out in turn.
 
@@ -120,7 +120,7 @@ def knn_probe(
         Neighbours, 1 .. n, or 1 .. n - 1 without test samples.
     metric : {"cosine", "euclidean"}, default="cosine"
         As `knn_predict` takes it.
-    chunk : int, default=4096
+    chunk_size : int, default=4096
         As `knn_predict` takes it.
 
     Returns
@@ -158,21 +158,21 @@ def knn_probe(
         class_indices("y_test", y_test, len(features_test) if features_test.ndim else 0)
         if not len(y_test):
             raise ValueError("features_test must have at least one row, got none")
-        found = knn_predict(features, y, features_test, k=k, metric=metric, chunk=chunk)
+        found = knn_predict(features, y, features_test, k=k, metric=metric, chunk_size=chunk_size)
         return _share(found, y_test)
-    y = _checked(features, y, k, metric, chunk).detach()
+    y = _checked(features, y, k, metric, chunk_size).detach()
     n = len(features)
     if n < 2 or k > n - 1:
         raise ValueError(f"k must be at most the number of other samples, {n - 1}, got {k}")
     own = torch.arange(n, device=features.device)
-    return _share(_predict(features, y, features, k, metric, chunk, "features", (own, own)), y)
+    return _share(_predict(features, y, features, k, metric, chunk_size, "features", (own, own)), y)
 
 
-def _checked(features: Any, y: Any, k: int, metric: str, chunk: int) -> Tensor:
+def _checked(features: Any, y: Any, k: int, metric: str, chunk_size: int) -> Tensor:
     """Return the labels, if they and the settings fit the features."""
     one_of("metric", metric, ("cosine", "euclidean"))
     integer("k", k, 1)
-    integer("chunk", chunk, 1)
+    integer("chunk_size", chunk_size, 1)
     n = len(has_shape("features", floating("features", features), (None, None)))
     class_indices("y", y, n)
     _all_finite("features", features)
@@ -191,7 +191,7 @@ def _share(found: Tensor, y: Tensor) -> Tensor:
 
 
 def _predict(
-    features: Tensor, y: Tensor, test: Tensor, k: int, metric: str, chunk: int, name: str,
+    features: Tensor, y: Tensor, test: Tensor, k: int, metric: str, chunk_size: int, name: str,
     own: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Return labels by the vote of neighbours; samples of the same id in ``own`` are no neighbours."""
@@ -204,8 +204,8 @@ def _predict(
         )
     kinds, codes = y.to(features.device).unique(return_inverse=True)
     found = []
-    for rows in torch.arange(len(test), device=features.device).split(chunk):
-        for some in space.nearest(rows, k, chunk).split(max(1, PART // max(1, len(kinds)))):
+    for rows in torch.arange(len(test), device=features.device).split(chunk_size):
+        for some in space.nearest(rows, k, chunk_size).split(max(1, PART // max(1, len(kinds)))):
             labels = codes[some]
             votes = torch.zeros(len(labels), len(kinds), dtype=torch.int32, device=labels.device)
             votes.scatter_add_(1, labels, torch.ones_like(labels, dtype=torch.int32))
@@ -275,16 +275,18 @@ class _Space:
             size = size.clamp_min(1e-300)
             self.refs, self.queries = _Rows(r, size, centre, True), _Rows(q, size, centre, False)
 
-    def nearest(self, rows: Tensor, k: int, chunk: int) -> Tensor:
+    def nearest(self, rows: Tensor, k: int, chunk_size: int) -> Tensor:
         """Return the k nearest of some queries, (rows, k), in order."""
         n, n_candidates = len(self.refs.x), k + SPARE
         if not self.narrow or n <= n_candidates or not len(rows):
-            return self._exactly(rows, k, chunk)
+            return self._exactly(rows, k, chunk_size)
         refs, queries = self.refs.quick, self.queries.quick[rows]
         best = queries.new_empty(len(rows), 0)
         found = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-        for start in range(0, n, chunk):
-            products = self._without_own(queries @ refs[start : start + chunk].T, rows, start, -torch.inf)
+        for start in range(0, n, chunk_size):
+            products = self._without_own(
+                queries @ refs[start : start + chunk_size].T, rows, start, -torch.inf
+            )
             some, at = _largest(products, n_candidates)
             best, found = torch.cat([best, some], 1), torch.cat([found, at + start], 1)
             if best.shape[1] > n_candidates:
@@ -301,17 +303,17 @@ class _Space:
         slack = 4 * off.max() + ALIKE * (base - 2 * kth).abs() + FLOOR * base
         unsure = (~(best.amin(1) + slack < kth)).nonzero()[:, 0]
         if len(unsure):
-            order[unsure] = self._exactly(rows[unsure], k, chunk)
+            order[unsure] = self._exactly(rows[unsure], k, chunk_size)
         return order
 
-    def _exactly(self, rows: Tensor, k: int, chunk: int) -> Tensor:
+    def _exactly(self, rows: Tensor, k: int, chunk_size: int) -> Tensor:
         """Return the same from products in float64 with all samples."""
         found = []
-        for some in rows.split(max(1, chunk // 8)):
+        for some in rows.split(max(1, chunk_size // 8)):
             best = torch.empty(len(some), 0, dtype=torch.int64, device=rows.device)
             queries = self.queries[some]
-            for start in range(0, len(self.refs.x), chunk):
-                products = queries @ self.refs[slice(start, start + chunk)].T
+            for start in range(0, len(self.refs.x), chunk_size):
+                products = queries @ self.refs[slice(start, start + chunk_size)].T
                 at = torch.arange(start, start + products.shape[1], device=rows.device)
                 keys = self._without_own(self._keys(products, some, at), some, start, LAST)
                 best = torch.cat([best, keys], 1)

@@ -24,7 +24,7 @@ def ensemble_predictions(
     y: Any,
     X_test: Any,
     *,
-    n_members: int = 20,
+    n_models: int = 20,
     resample: Literal["none", "bootstrap", "split"] = "bootstrap",
     n_splits: int = 2,
     n_jobs: int = 1,
@@ -43,7 +43,7 @@ def ensemble_predictions(
         Of any kind.
     X_test : Tensor, ndarray, sparse matrix or DataFrame of n_test rows
         What they predict.
-    n_members : int, default=20
+    n_models : int, default=20
         M.
     resample : {"none", "bootstrap", "split"}, default="bootstrap"
         What members differ in beside their seed: nothing; n rows with replacement; or one of n_splits
@@ -58,7 +58,7 @@ def ensemble_predictions(
 
     Returns
     -------
-    Tensor of shape (n_members, n_test, K)
+    Tensor of shape (n_models, n_test, K)
         As the predictions' dtype, on the CPU: what `bias_variance` takes.
 
     Raises
@@ -80,13 +80,13 @@ def ensemble_predictions(
     >>> X, y = load_iris(return_X_y=True)
     >>> def fit_predict(X, y, X_test, seed):
     ...     return DecisionTreeClassifier(random_state=seed).fit(X, y).predict_proba(X_test)
-    >>> probs = ensemble_predictions(fit_predict, X[::2], y[::2], X[1::2], n_members=5, random_state=0)
+    >>> probs = ensemble_predictions(fit_predict, X[::2], y[::2], X[1::2], n_models=5, random_state=0)
     >>> probs.shape
     torch.Size([5, 75, 3])
     >>> found = bias_variance(probs, y[1::2])
     """
     one_of("resample", resample, ("none", "bootstrap", "split"))
-    n_members = integer("n_members", n_members, 1)
+    n_models = integer("n_models", n_models, 1)
     if random_state is not None:
         integer("random_state", random_state, 0)
     labels = np.asarray(y.cpu() if isinstance(y, Tensor) else y)
@@ -100,16 +100,16 @@ def ensemble_predictions(
         raise ValueError(
             f"n_splits must be in 2..{count.min()}, the examples of the smallest class, got {n_splits}"
         )
-    seeds = [each.spawn(2) for each in np.random.SeedSequence(random_state).spawn(n_members)]
+    seeds = [each.spawn(2) for each in np.random.SeedSequence(random_state).spawn(n_models)]
     if resample == "none":
-        chosen = [None] * n_members
+        chosen = [None] * n_models
     elif resample == "bootstrap":
         chosen = [_bootstrap(codes, len(classes), np.random.default_rng(own)) for own, _ in seeds]
     else:
         chosen = []
         for own, _ in seeds[::n_splits]:
             chosen += _parts(codes, len(classes), n_splits, np.random.default_rng(own))
-    members = zip(chosen[:n_members], (int(seed.generate_state(1)[0]) for _, seed in seeds), strict=True)
+    members = zip(chosen[:n_models], (int(seed.generate_state(1)[0]) for _, seed in seeds), strict=True)
     outputs: list[Any] = list(
         Parallel(n_jobs=n_jobs)(
             delayed(_member)(fit_predict, X, y, X_test, rows, seed) for rows, seed in members

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from posterity._checks import at_least, class_indices, finite, integer, one_of, within
+from posterity._checks import at_least, class_indices, finite, floating, integer, one_of, scalar, within
 from posterity._models import call, evaluating, not_batched, state
 from posterity._precision import wide
 from posterity._random import draw_device
@@ -397,12 +397,8 @@ class _Task:
     def losses(self, out: Tensor, y: Tensor) -> Tensor:
         """Return the loss of each network, from (networks, n, ...)."""
         if self.loss_fn is not None:
-            losses = [self.loss_fn(each, y) for each in out]
-            for loss in losses:
-                if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-                    what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                    raise ValueError(f"loss_fn must return a scalar of a floating-point dtype, got {what}")
-            return torch.stack([loss.reshape(()) for loss in losses])
+            losses = [scalar("loss_fn", self.loss_fn(each, y)) for each in out]
+            return torch.stack([floating("what loss_fn returns", loss) for loss in losses])
         if self.classes:
             target = y.expand(len(out), -1).flatten()
             return F.cross_entropy(out.flatten(0, 1), target, reduction="none").view(len(out), -1).mean(1)

@@ -350,6 +350,8 @@ def _by_jacobian(
 
         try:
             jacobian = vmap(jacrev(one), in_dims=(None, 0))(params, x)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # an RNN, or control flow on values; any other error is met again
             each = [_alone(partial(one, point=point), params) for point in x]
             jacobian = {name: torch.stack([part[name] for part in each]) for name in params}

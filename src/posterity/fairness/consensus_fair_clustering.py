@@ -27,6 +27,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from posterity._checks import at_least, integer, within
+from posterity._random import seeded
 from posterity.fairness.consensus_losses import SLACK, contrast, divergence, soft_assignment, structure
 from posterity.fairness.fairness_attack import _codes, _groups, cluster_balance
 
@@ -341,9 +342,7 @@ class ConsensusFairClustering(ClusterMixin, BaseEstimator):
             value = contrast(z, weight, self.temperature)
             return value + self.alpha * divergence(q, rows) + self.beta * structure(q, reference, rows)
 
-        forked = range(torch.cuda.device_count()) if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=forked), torch.autocast(device.type, enabled=False):
-            torch.manual_seed(seed)  # initial weights and dropout
+        with seeded(seed, device), torch.autocast(device.type, enabled=False):  # initial weights and dropout
             net = _network(X.shape[1], self.hidden, self.dropout).to(device)
             centers = nn.init.xavier_uniform_(torch.empty(self.n_clusters, self.hidden)).to(device)
             centers.requires_grad_()

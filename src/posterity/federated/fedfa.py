@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, integer, one_of, within
+from posterity._models import evaluating
 from posterity._precision import wide
 from posterity._random import draw_device
 from posterity.federated._flower import strategy
@@ -324,13 +325,10 @@ def insert_ffa(
         )
         for name in after
     ]
-    modes = {name: module.training for name, module in known.items()}
-    with torch.no_grad():
-        twin.eval()(*sample_input if isinstance(sample_input, tuple) else (sample_input,))
+    with torch.no_grad(), evaluating(twin):
+        twin(*sample_input if isinstance(sample_input, tuple) else (sample_input,))
     for hook in hooks:
         hook.remove()
-    for name, module in known.items():
-        module.training = modes[name]
     for name in sorted(set(after), key=lambda name: -name.count(".")):  # what is inside another one first
         shape = shapes.get(name, "nothing: it was not called")
         if isinstance(shape, str) or len(shape) < 3:
@@ -339,7 +337,9 @@ def insert_ffa(
             )
         layer = FFALayer(shape[channel_dim], p, eps, momentum, channel_dim)
         parent, _, own = name.rpartition(".")
-        twin.get_submodule(parent).add_module(own, nn.Sequential(known[name], layer).train(modes[name]))
+        twin.get_submodule(parent).add_module(
+            own, nn.Sequential(known[name], layer).train(known[name].training)
+        )
     return twin
 
 

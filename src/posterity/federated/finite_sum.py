@@ -39,8 +39,8 @@ class FiniteSum:
 
     Parameters
     ----------
-    loss : callable
-        ``loss(x, *batch) -> scalar``: the mean over the rows of a batch, with any regulariser, of
+    loss_fn : callable
+        ``loss_fn(x, *batch) -> scalar``: the mean over the rows of a batch, with any regulariser, of
         parameters ``x`` of shape (d,), in operations that ``torch.func`` can map.
     data : tuple of Tensor
         Rows, with equal first axes.
@@ -84,7 +84,7 @@ class FiniteSum:
 
     def __init__(
         self,
-        loss: Callable[..., Tensor],
+        loss_fn: Callable[..., Tensor],
         data: tuple[Tensor, ...],
         *,
         n_workers: int,
@@ -101,7 +101,7 @@ class FiniteSum:
         n = rows.pop()
         if smoothness is not None and (smoothness.shape != (n,) or not bool((smoothness > 0).all())):
             raise ValueError(f"smoothness must be {n} positive numbers, got shape {tuple(smoothness.shape)}")
-        self.loss, self.gradient, self.shared = loss, gradient, split == "shared"
+        self.loss_fn, self.gradient, self.shared = loss_fn, gradient, split == "shared"
         if self.shared:
             self.n_samples, self._data = n, tuple(data)
             self.smoothness = None if smoothness is None else smoothness.expand(n_workers, n)
@@ -213,4 +213,4 @@ class FiniteSum:
         floating("x", points)
         with torch.enable_grad():
             each = points.detach().clone().requires_grad_()
-            return torch.autograd.grad(torch.func.vmap(self.loss)(each, *batches).sum(), each)[0]
+            return torch.autograd.grad(torch.func.vmap(self.loss_fn)(each, *batches).sum(), each)[0]

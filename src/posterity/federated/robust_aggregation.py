@@ -106,7 +106,7 @@ def coordinate_median(vectors: Vectors, *, nonfinite: NonFinite = "raise") -> Ve
 def geometric_median(
     vectors: Vectors,
     *,
-    n_iter: int = 100,
+    max_iter: int = 100,
     tol: float = 1e-10,
     start: Vector | None = None,
     nonfinite: NonFinite = "raise",
@@ -120,7 +120,7 @@ def geometric_median(
     ----------
     vectors : Tensor of shape (n, d)
         What was sent, at least one.
-    n_iter : int, default=100
+    max_iter : int, default=100
         At most so many passes over the vectors.
     tol : float, default=1e-10
         Stops when a step is shorter than this times the mean distance, or what rounding leaves.
@@ -151,14 +151,14 @@ def geometric_median(
     tensor([1.])
     """
     vectors = _vectors("vectors", vectors, nonfinite)
-    integer("n_iter", n_iter, 1)
+    integer("max_iter", max_iter, 1)
     tol = rounding(vectors.dtype, at_least("tol", tol, 0.0))
     if start is not None and start.shape != vectors.shape[1:]:
         raise ValueError(f"start must have shape {tuple(vectors.shape[1:])}, got {tuple(start.shape)}")
     points, unit = _in_units(vectors)
     z = coordinate_median(points) if start is None else start.to(points) / unit
     buffer = None if points.requires_grad else torch.empty_like(points)
-    for _ in range(n_iter):
+    for _ in range(max_iter):
         away = torch.sub(points, z, out=buffer)
         distance = torch.linalg.vector_norm(away, dim=1)
         here = distance <= torch.finfo(points.dtype).eps * distance.mean()

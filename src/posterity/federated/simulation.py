@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from posterity._checks import at_least, integer, needs
 from posterity._precision import wide
+from posterity._random import draw_device, seeded
 
 __all__ = ["aggregate", "federate", "local_sgd", "update_vectors"]
 
@@ -127,7 +128,7 @@ def local_sgd(
     batch_size: int = 32,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> None:
     """Train a model on one client's rows by stochastic gradient descent, in place.
 
@@ -145,8 +146,8 @@ def local_sgd(
         Passes over the rows, and rows a step; a last batch of a single row is left out where there
         are others, since batch statistics of one row do not exist.
     momentum, weight_decay : float, default=0.0
-    loss : callable
-        ``loss(outputs, targets) -> scalar``.
+    loss_fn : callable
+        ``loss_fn(outputs, targets) -> scalar``.
     """
     integer("epochs", epochs, 0)
     integer("batch_size", batch_size, 1)
@@ -157,12 +158,12 @@ def local_sgd(
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     for _ in range(epochs):
-        order = torch.randperm(len(x), generator=generator).to(x.device)
+        order = torch.randperm(len(x), generator=generator, device=draw_device(generator)).to(x.device)
         for batch in order.split(batch_size):
             if len(batch) == 1 < min(len(x), batch_size):
                 continue
             optimizer.zero_grad()
-            loss(model(x[batch]), y[batch]).backward()
+            loss_fn(model(x[batch]), y[batch]).backward()
             optimizer.step()
 
 
@@ -241,8 +242,7 @@ def federate(
 
 def _trained(model: nn.Module, client: Client, train: Callable[..., None], seed: int) -> State:
     own = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)  # for what draws by itself, as dropout
+    with seeded(seed, next(own.parameters(), client[0]).device):  # for what draws by itself, as dropout
         train(own, client, torch.Generator().manual_seed(seed))
     return {name: value.detach() for name, value in own.state_dict().items()}
 

@@ -24,6 +24,7 @@ __all__ = [
     "call",
     "check_cond",
     "check_times",
+    "from_source",
     "home",
     "normal",
     "starts",
@@ -90,6 +91,15 @@ def normal(
     """Return standard normal draws, the same in every dtype up to rounding."""
     where, drawn = draw_device(generator, device), torch.promote_types(dtype, torch.float32)
     return torch.randn(size, dtype=drawn, device=where, generator=generator).to(device, dtype)
+
+
+def from_source(
+    source: Callable[..., Any], size: Sequence[int], dtype: torch.dtype, device: torch.device,
+    generator: torch.Generator | None,
+) -> Tensor:  # fmt: skip
+    """Return what a source of the user's, ``source(n, generator)``, draws: floats of this size."""
+    x0 = floating("source", source(size[0], generator))
+    return has_shape("source", x0, size, "shape").to(device, dtype)
 
 
 def starts(

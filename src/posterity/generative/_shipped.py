@@ -1,15 +1,42 @@
-"""Weights that ship beside a method: in 16 bits, checked by their SHA-256, and only of the networks that they fit."""
+"""Weights that ship beside a method: trained, in 16 bits, checked by their SHA-256, only of the networks that they fit."""
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from posterity._branches import follow, momentum_copy
 from posterity._checks import needs
 
-__all__ = ["read_weights", "write_weights"]
+__all__ = ["read_weights", "train", "write_weights"]
+
+RATE = 2e-3
+DECAY = 0.995
+
+
+def train(modules: list[nn.Module], loss: Callable[[], Tensor], n_steps: int) -> None:
+    """Minimise the loss of networks by Adam with warm-up and a cosine; leave averaged weights, as a file keeps them."""
+    nets = nn.ModuleList(modules)
+    params, average = list(nets.parameters()), momentum_copy(nets)
+    adam = torch.optim.Adam(params, lr=RATE)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda k: min((k + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * k / n_steps))
+    )
+    for k in range(n_steps):
+        adam.zero_grad()
+        with torch.enable_grad():
+            loss().backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        adam.step()
+        rate.step()
+        follow(average, nets, min(DECAY, (k + 1) / (k + 10)))
+    with torch.no_grad():
+        for p, mean in zip(params, average.parameters(), strict=True):
+            p.copy_(mean.half())
+    nets.eval().requires_grad_(False)
 
 
 def read_weights(path: Path, sha256: str, modules: Mapping[str, nn.Module]) -> None:

@@ -6,7 +6,6 @@ end), categories one-hot vectors. So a sampled row has no category but those see
 fraction of an integer and no number out of range, however well or badly the network learned.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -15,11 +14,12 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 from sklearn.base import BaseEstimator
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from posterity._branches import follow, momentum_copy
 from posterity._checks import at_least, integer, within
+from posterity._random import drawn_seed, seeded
 from posterity.generative.constrained_bridges import ConstrainedBridge
 from posterity.generative.intervals import Interval
 from posterity.generative.products import Product
@@ -164,8 +164,7 @@ class BridgeTable(BaseEstimator):
         found = [_column(name, given, kinds) for name, given in raw]
         self.columns_ = [column for column, _ in found]
         kept = [column for column in self.columns_ if column.factor is not None]
-        draw = check_random_state(self.random_state)
-        seed = int(draw.randint(2**31 - 1))
+        seed = drawn_seed(self.random_state)
         self.loss_curve_ = []
         if not kept:  # nothing varies
             self.bridge_ = ConstrainedBridge(Interval(), 1, schedule=self.schedule, a=self.a, b=self.b)  # pyright: ignore[reportArgumentType]
@@ -177,8 +176,7 @@ class BridgeTable(BaseEstimator):
         self.bridge_ = ConstrainedBridge(
             domain, domain.dim, schedule=self.schedule, a=self.a, b=self.b  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             net = _TableNet(domain.dim, sizes).to(self.device)
         self.net_ = self._train(net, x1, torch.Generator().manual_seed(seed))
         return self
@@ -264,7 +262,7 @@ class BridgeTable(BaseEstimator):
 
     def _train(self, net: "_TableNet", x1: Tensor, draws: torch.Generator) -> nn.Module:
         """Train a network and return its average."""
-        mean, size = copy.deepcopy(net), min(self.batch_size, len(x1))
+        mean, size = momentum_copy(net), min(self.batch_size, len(x1))
         opt = torch.optim.Adam(net.parameters(), lr=self.lr)
         x1 = x1.to(self.device)
         for k in range(self.max_iter):
@@ -275,13 +273,8 @@ class BridgeTable(BaseEstimator):
             nn.utils.clip_grad_norm_(net.parameters(), CLIP)
             opt.step()
             self.loss_curve_.append(float(loss.detach()))
-            with torch.no_grad():
-                weight = 1 - min(self.ema, (1 + k) / (10 + k))  # the first steps are forgotten sooner
-                for own, new in zip(mean.parameters(), net.parameters(), strict=True):
-                    own.lerp_(new, weight)
-                for own, new in zip(mean.buffers(), net.buffers(), strict=True):
-                    own.copy_(new)
-        return mean.eval().requires_grad_(False)
+            follow(mean, net, min(self.ema, (1 + k) / (10 + k)))  # the first steps are forgotten sooner
+        return mean.eval()
 
     def sample(self, n_samples: int = 1, *, random_state: Any = None) -> Any:
         """Return new rows.
@@ -307,8 +300,8 @@ class BridgeTable(BaseEstimator):
         """
         check_is_fitted(self, "net_")
         n = integer("n_samples", n_samples, 1)
-        draw = check_random_state(self.random_state if random_state is None else random_state)
-        draws = torch.Generator().manual_seed(int(draw.randint(2**31 - 1)))
+        seed = drawn_seed(self.random_state if random_state is None else random_state)
+        draws = torch.Generator().manual_seed(seed)
         widths = [column.factor.dim for column in self.columns_ if column.factor is not None]
         blocks: list[ndarray] = []
         if widths:

@@ -29,6 +29,7 @@ from posterity.generative._network import (
     call,
     check_cond,
     check_times,
+    from_source,
     normal,
     starts,
     steps,
@@ -66,7 +67,7 @@ class ConstrainedBridge:
         Floor of "linear" and "inverse-exp", at least 0.
     source : callable, optional
         ``source(n, generator)`` draws n starts, shape ``(n, *shape)``. Default: all start at 0.
-    parameterization : {"tilt", "drift", "force"}, default="tilt"
+    parametrization : {"tilt", "drift", "force"}, default="tilt"
         What the network gives: l, by which the law of the outcome is tilted as by
         exp(<l, x>), for one-hot vectors the logits of the classes beside z / v; or u itself,
         as in the official code; or u / sigma_t, as in the paper.
@@ -114,7 +115,7 @@ class ConstrainedBridge:
         schedule: Literal["exp", "linear", "inverse-exp", "inverse_exp", "constant"] = "exp",
         a: float = 3.0, b: float = 1.0, c: float = 0.1,
         source: Callable[[int, torch.Generator | None], Tensor] | None = None,
-        parameterization: Literal["tilt", "drift", "force"] = "tilt", t_max: float = 0.999,
+        parametrization: Literal["tilt", "drift", "force"] = "tilt", t_max: float = 0.999,
     ) -> None:  # fmt: skip
         if not isinstance(domain, _Domain):
             raise ValueError(f"domain must be one such as Interval or Categorical, got {domain!r}")
@@ -129,7 +130,7 @@ class ConstrainedBridge:
         if source is not None and not callable(source):
             raise ValueError(f"source must be a callable (n, generator), got {source!r}")
         self.source = source
-        self.parameterization = one_of("parameterization", parameterization, FORMS)
+        self.parametrization = one_of("parametrization", parametrization, FORMS)
         self.t_max = within("t_max", t_max, 0, 1, open_low=True, open_high=True)
         self._looked = False
 
@@ -244,7 +245,7 @@ class ConstrainedBridge:
         Returns
         -------
         Tensor
-            sigma_t^2 (x1 - m(z, v_t)) / v_t, in units of the drift for every parameterization.
+            sigma_t^2 (x1 - m(z, v_t)) / v_t, in units of the drift for every parametrization.
 
         Raises
         ------
@@ -281,9 +282,9 @@ class ConstrainedBridge:
         """
         state, sigma2, left = self._state(z, t)
         said = call(net, state, wide(t).to(state), cond, z.dtype)
-        if self.parameterization == "drift":
+        if self.parametrization == "drift":
             return said.to(z.dtype)
-        if self.parameterization == "force":
+        if self.parametrization == "force":
             return (sigma2.sqrt() * said).to(z.dtype)
         tilted = self.domain.endpoint_mean(state + left * said, left)
         return (sigma2 / left * (tilted - self.domain.endpoint_mean(state, left))).to(z.dtype)
@@ -340,7 +341,7 @@ class ConstrainedBridge:
         sigma2, _, left = (self._spread(part) for part in self._noise.clock(t))
         outcome = self._outcome(net, z, t, sigma2, left, cond, dtype)
         # For u = sigma^2 (outcome - m) / v the m of drift and target cancels.
-        scale = (sigma2.sqrt() if self.parameterization == "force" else sigma2) / left.clamp_min(LEAST_VAR)
+        scale = (sigma2.sqrt() if self.parametrization == "force" else sigma2) / left.clamp_min(LEAST_VAR)
         error = (scale * (outcome - x1)).square()
         each = error.flatten(1).mean(1) if reduction == "none" else error.sum()
         return (each / error.numel() if reduction == "mean" else each).to(dtype)
@@ -350,9 +351,9 @@ class ConstrainedBridge:
     ) -> Tensor:
         """Return where the drift, were it to stay so, would end: m + u v / sigma^2."""
         said = call(net, z, t, cond, dtype)
-        if self.parameterization == "tilt":
+        if self.parametrization == "tilt":
             return self.domain.endpoint_mean(z + left * said, left)
-        per = sigma2 if self.parameterization == "drift" else sigma2.sqrt()
+        per = sigma2 if self.parametrization == "drift" else sigma2.sqrt()
         return self.domain.endpoint_mean(z, left) + left / per * said
 
     @torch.no_grad()
@@ -466,5 +467,4 @@ class ConstrainedBridge:
     ) -> Tensor:
         if self.source is None:
             return torch.zeros((n, *self.shape), dtype=dtype, device=device)
-        x0 = has_shape("source", floating("source", self.source(n, generator)), (n, *self.shape), "shape")
-        return x0.to(device, dtype)
+        return from_source(self.source, (n, *self.shape), dtype, device, generator)

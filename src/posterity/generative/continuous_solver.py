@@ -11,7 +11,7 @@ by Adam. f knows its derivatives exactly, so they can be measured, or asked to b
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import at_least, finite, floating, has_shape, integer
-from posterity._models import evaluating
+from posterity._models import held
 from posterity._precision import NARROW, wide
+from posterity.generative._sizes import height_width
 from posterity.generative.image_derivatives import image_gradient, image_laplacian
 from posterity.generative.image_interpolation import pixel_grid
 
@@ -40,7 +41,7 @@ class ContinuousSolution(NamedTuple):
         What the decoder makes of it, shape (n, c, h, w): ``net(coarse, coords)`` is the image
         anywhere.
     losses : Tensor
-        Objective before each step, those of the decoder's last, shape (steps + refine_steps,).
+        Objective before each step, those of the decoder's last, shape (n_steps + refine_steps,).
     """
 
     image: Float[Tensor, "n channels height width"]
@@ -73,7 +74,7 @@ class ContinuousImage:
 def solve_continuous(
     net: Callable[..., Any], measure: Callable[[Any], Tensor], y: Tensor, *, latent: Tensor,
     decoder: Callable[[Tensor], Tensor] | None = None, size: int | tuple[int, int] | None = None,
-    coords: Float[Tensor, "b m 2"] | None = None, steps: int = 500, lr: float = 1e-2, tv: float = 0.0,
+    coords: Float[Tensor, "b m 2"] | None = None, n_steps: int = 500, lr: float = 1e-2, tv: float = 0.0,
     prior: Callable[[Tensor], Tensor] | None = None, prior_weight: float = 0.0, refine_steps: int = 0,
     refine_lr: float = 5e-6,
 ) -> ContinuousSolution:  # fmt: skip
@@ -100,7 +101,7 @@ def solve_continuous(
         Size of the image returned, at least 1; that of the coarse image by default.
     coords : Tensor of shape (n, m, 2) or (1, m, 2), optional
         Where ``tv`` looks at the gradient; pixel centres of ``size`` by default.
-    steps : int, default=500
+    n_steps : int, default=500
         Of Adam on the latent, at least 0.
     lr : float, default=1e-2
         Greater than 0.
@@ -158,8 +159,8 @@ def solve_continuous(
         raise ValueError(
             f"latent must be float32 or float64, got {latent.dtype}, which rounds small steps away"
         )
-    sides = None if size is None else _height_width(size)
-    for name, count in (("steps", steps), ("refine_steps", refine_steps)):
+    sides = None if size is None else height_width(size)
+    for name, count in (("n_steps", n_steps), ("refine_steps", refine_steps)):
         integer(name, count, 0)
     for name, rate in (("lr", lr), ("refine_lr", refine_lr)):
         at_least(name, rate, 0, strict=True)
@@ -183,10 +184,7 @@ def solve_continuous(
         where = None if coords is None else coords.detach().clone()
         if refine_steps:
             decoder = copy.deepcopy(decoder)
-        for model in (net, decoder):
-            if isinstance(model, nn.Module):
-                stack.enter_context(evaluating(model))
-                stack.enter_context(_frozen(model))
+        stack.enter_context(held(net, decoder))
 
         def coarse() -> Tensor:
             made = z if decoder is None else floating("decoder(latent)", decoder(z))
@@ -207,7 +205,7 @@ def solve_continuous(
                 loss = loss + prior_weight * floating("prior(latent)", prior(z)).sum()
             return loss
 
-        losses = _descend(objective, [z], lr, steps)
+        losses = _descend(objective, [z], lr, n_steps)
         z.requires_grad_(False)
         if refine_steps and isinstance(decoder, nn.Module):
             weights = [p.requires_grad_() for p in decoder.parameters() if p.is_floating_point()]
@@ -221,31 +219,11 @@ def solve_continuous(
     )
 
 
-def _height_width(size: Any) -> tuple[int, int]:
-    pair = (size, size) if not isinstance(size, tuple | list) else size
-    if len(pair) != 2:
-        raise ValueError(f"size must be height and width or an integer, got {size!r}")
-    return integer("size", pair[0], 1), integer("size", pair[1], 1)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Any:
-    """Take gradients from a model's parameters for a while."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
-def _descend(objective: Callable[[], Tensor], values: list[Tensor], lr: float, steps: int) -> list[float]:
+def _descend(objective: Callable[[], Tensor], values: list[Tensor], lr: float, n_steps: int) -> list[float]:
     """Return the objective before each step of Adam."""
     losses: list[float] = []
     optimizer = torch.optim.Adam(values, lr=lr)
-    for step in range(steps):
+    for step in range(n_steps):
         loss = objective()
         losses.append(float(loss.detach()))
         if not torch.isfinite(loss.detach()):

@@ -205,7 +205,7 @@ class FieldDiffusion:
         self, net: Net, coords: Float[Tensor, "rows m d"], n_values: int, n: int | None = None, *,
         n_context: int | float = 0.5, context_index: Int[Tensor, " k"] | None = None,
         n_steps: int | None = None, sampler: Literal["ddpm", "ddim"] = "ddpm",
-        x0: Float[Tensor, "n m c"] | None = None, query_chunk: int | None = None, cond: Cond = None,
+        x0: Float[Tensor, "n m c"] | None = None, chunk_size: int | None = None, cond: Cond = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "n m c"]:  # fmt: skip
         """Draw fields and return their values at given points, without gradients.
@@ -233,7 +233,7 @@ class FieldDiffusion:
             noise, equation 12 of [3]_ at eta = 0.
         x0 : Tensor, optional
             Noise to start from in place of ``n``, shape (n, m, c).
-        query_chunk : int, optional
+        chunk_size : int, optional
             Points of a field that are asked for at once, at least 1: less memory, the same
             values. A ``FieldNet`` reads the context once for all of them. Default: all.
         cond : mapping of str to Tensor, optional
@@ -259,8 +259,8 @@ class FieldDiffusion:
         k_context = _count("n_context", n_context, m)
         if context_index is not None:
             _check_index(context_index, m)
-        if query_chunk is not None:
-            integer("query_chunk", query_chunk, 1)
+        if chunk_size is not None:
+            integer("chunk_size", chunk_size, 1)
         path = self._path(sampler, n_steps)
 
         def check(name: str, x: Any) -> Tensor:
@@ -282,7 +282,7 @@ class FieldDiffusion:
         for step in steps(len(path)):
             k, after = path[step]
             t = torch.full((len(y),), 1 - k / self.n_steps, dtype=y.dtype, device=y.device)
-            noise = _ask(net, y, t, coords, _take(y, chosen), around, cond, x0.dtype, query_chunk)
+            noise = _ask(net, y, t, coords, _take(y, chosen), around, cond, x0.dtype, chunk_size)
             y = self._step(y, noise, k, after, sampler, generator)
         return y.to(x0.dtype)
 

@@ -12,7 +12,6 @@ objects, of which a single layout has few pixels, are seen against all others.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer
-from posterity._models import evaluating
+from posterity._models import evaluating, frozen
 from posterity._precision import NARROW, wide
 from posterity.generative.layout_generator import ECGANOutput
 from posterity.generative.layout_guidance import ClassSimilarityLoss, _in_range, _one_hot, edges
@@ -287,7 +286,7 @@ class ECGAN:
         terms = {name: made.image.new_zeros((), dtype=wide(made.image).dtype) for name in WEIGHTS}
         weights, tries = self.weights, (made.coarse, made.image)
         if weights["gan"] or weights["feature"]:
-            with _frozen(self.discriminator):
+            with frozen(self.discriminator):
                 fake = [self._judged(layout, seen, made.edge) for seen in tries]
                 if weights["gan"]:
                     terms["gan"] = _mean([-wide(scale[-1]).mean() for judged in fake for scale in judged])
@@ -384,16 +383,3 @@ def _repeated(batches: Any, n_steps: int) -> Iterator[Any]:
             tail = ": pass a DataLoader or a list" if once else ""
             raise ValueError(f"batches must give {n_steps} batches, ended after {given}{tail}")
         source = iter(batches)
-
-
-@contextmanager
-def _frozen(net: nn.Module) -> Iterator[None]:
-    """Keep gradients out of a network's parameters; afterwards they are as they were, also after an error."""
-    flags = [(p, p.requires_grad) for p in net.parameters()]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)

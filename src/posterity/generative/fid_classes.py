@@ -192,7 +192,7 @@ def match_class_histogram(
 @torch.inference_mode(False)
 @torch.no_grad()
 def resample_weights(
-    real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"], *, n_iter: int = 200, lr: float = 0.05,
+    real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"], *, max_iter: int = 200, lr: float = 0.05,
     optimizer: Literal["adam", "sgd"] = "adam", tol: float = 0.0,
 ) -> Resampling:  # fmt: skip
     """Return weights of generated samples that minimise the Fréchet distance to the real ones, equation 1.
@@ -205,7 +205,7 @@ def resample_weights(
     real, generated : Tensor of shape (n, d) and (m, d)
         Features to be matched: pre-logits, logits, or `class_indicators`. The paper takes five times as
         many generated samples as real ones.
-    n_iter : int, default=200
+    max_iter : int, default=200
         Steps over the full set, at least 1.
     lr : float, default=0.05
         Of the log weights; positive. With "sgd" gradients are of the order 1 / m: take 10.
@@ -247,7 +247,7 @@ def resample_weights(
     >>> bool((found.log_weights.exp()[2:] < 0.05).all())
     True
     """
-    integer("n_iter", n_iter, 1)
+    integer("max_iter", max_iter, 1)
     at_least("lr", lr, 0, strict=True)
     at_least("tol", tol, 0)
     one_of("optimizer", optimizer, ("adam", "sgd"))
@@ -259,7 +259,7 @@ def resample_weights(
     logs = torch.zeros(m, dtype=x.dtype, device=x.device)
     first, second, unit = torch.zeros_like(logs), torch.zeros_like(logs), 0.0
     best, history = logs.clone(), []
-    for k in range(n_iter + 1):
+    for k in range(max_iter + 1):
         weights = logs.exp()
         mean = weights @ x / m
         x -= mean  # x stays centred, gap is how far that is from the real mean
@@ -271,7 +271,7 @@ def resample_weights(
             best.copy_(logs)
         history.append(distance)
         before = min(history[:-PATIENCE], default=float("inf"))
-        if k == n_iter or (tol and min(history) > (1 - tol) * before):
+        if k == max_iter or (tol and min(history) > (1 - tol) * before):
             break
         slope = _influence(x, weights, gap, _inverse_root(root, p, s), m)
         if optimizer == "adam":

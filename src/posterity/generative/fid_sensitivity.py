@@ -7,9 +7,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity._checks import finite, integer
+from posterity._checks import finite
 from posterity._models import evaluating
 from posterity._precision import wide
+from posterity.generative._sizes import height_width
 from posterity.generative.frechet import (
     FeatureStats,
     _checked,
@@ -79,7 +80,7 @@ def sample_influence(real: FeatureStats, generated: Float[Tensor, "m d"]) -> Flo
 @torch.inference_mode(False)
 def sensitivity_map(
     extractor: nn.Module, layer: nn.Module, image: Shaped[Tensor, "b channels height width"], real: FeatureStats,
-    generated: FeatureStats, *, size: tuple[int, int] | None = None,
+    generated: FeatureStats, *, size: int | tuple[int, int] | None = None,
 ) -> Float[Tensor, "b rows columns"]:  # fmt: skip
     """Return where the Fréchet distance looks at in generated images.
 
@@ -96,7 +97,7 @@ def sensitivity_map(
         Images, each of which is looked at by itself.
     real, generated : FeatureStats
         Of features by the same extractor; the generated ones without the image.
-    size : tuple of int, optional
+    size : int or tuple of int, optional
         Height and width of the map; those of the image by default.
 
     Returns
@@ -145,11 +146,7 @@ def sensitivity_map(
     if not isinstance(image, Tensor) or image.ndim != 4 or not image.numel():
         shown = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"image must have shape (b, channels, height, width), none of them 0, got {shown}")
-    if size is None:
-        size = (image.shape[2], image.shape[3])
-    elif not isinstance(size, tuple) or len(size) != 2:
-        raise ValueError(f"size must be a height and a width, got {size!r}")
-    rows, columns = (integer("size", side, 1) for side in size)
+    rows, columns = height_width(tuple(image.shape[2:]) if size is None else size)
 
     seen: list[Tensor | None] = []
 

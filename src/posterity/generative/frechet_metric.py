@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from posterity._checks import finite, floating, integer
-from posterity._models import evaluating
+from posterity._models import at_rest
 from posterity.generative.frechet import FeatureStats, _samples, frechet_distance
 
 try:
@@ -132,7 +132,5 @@ def _joined(parts: Float[Tensor, "k rows d"]) -> Float[Tensor, "rows d"]:
 
 
 def _extracted(extractor: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    if isinstance(extractor, nn.Module):
-        with evaluating(extractor):
-            return extractor(images)
-    return extractor(images)
+    with at_rest(extractor):
+        return extractor(images)

@@ -2,8 +2,6 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -11,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from posterity._checks import at_least, class_indices, floating, has_shape, integer, one_of
-from posterity._models import evaluating
+from posterity._models import held
 from posterity._precision import wide
 from posterity._random import draw_device
 
@@ -244,7 +242,7 @@ class DiffusionLoss:
             )
 
     def _held(self) -> Any:
-        return held(*(part for part in (self.unet, self.vae) if part is not None))
+        return held(self.unet, self.vae)
 
     def _first(self) -> Tensor:
         found = (p for p in self.unet.parameters() if p.is_floating_point())
@@ -262,22 +260,6 @@ class DiffusionLoss:
         if getattr(scheduler.config, "prediction_type", self.prediction) != self.prediction:
             scheduler.register_to_config(prediction_type=self.prediction)
         return scheduler
-
-
-@contextmanager
-def held(*models: nn.Module) -> Iterator[None]:
-    """Keep models at rest and their parameters constant; afterwards flags and modes are as before, also after an error."""
-    trained = [p for model in models for p in model.parameters() if p.requires_grad]
-    try:
-        for p in trained:
-            p.requires_grad_(False)
-        with ExitStack() as rest:
-            for model in models:
-                rest.enter_context(evaluating(model))
-            yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
 
 
 def _normal(size: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Tensor:

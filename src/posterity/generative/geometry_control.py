@@ -17,9 +17,10 @@ from torch import Tensor
 from posterity._checks import at_least, finite, floating, integer, needs
 from posterity._models import evaluating
 from posterity._precision import NARROW
-from posterity._random import draw_device
+from posterity._random import draw_device, seed_from
+from posterity.generative._sizes import height_width
 from posterity.generative.meshes import Mesh, require_mesh
-from posterity.generative.rasteriser import edge_map, image_size, render
+from posterity.generative.rasteriser import edge_map, render
 from posterity.generative.viewpoints import Pose, require_pose, sample_poses
 
 __all__ = ["AnnotatedImages", "GeometryControl", "prompts"]
@@ -213,7 +214,7 @@ class GeometryControl:
         if writer is not None and not callable(writer):
             raise ValueError(f"writer must be a function of a class name, got {writer!r}")
         self.generator, self.writer = generator, writer
-        self.size = image_size(getattr(generator, "size", 64) if size is None else size)
+        self.size = height_width(getattr(generator, "size", 64) if size is None else size, 8)
 
     @classmethod
     def from_diffusers(
@@ -314,7 +315,7 @@ class GeometryControl:
         edges = edge_map(seen.image)
         positive, negative = prompts(class_name, n, writer=self.writer, generator=generator)
         if generator is None:  # torch's own draws decide, as everywhere
-            generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+            generator = torch.Generator().manual_seed(seed_from(None))
         parts = []
         for start in range(0, n, batch_size):
             rows = slice(start, start + batch_size)

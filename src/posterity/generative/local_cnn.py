@@ -10,7 +10,7 @@ norm between the layers keeps (1) at rest: it divides by a deviation and subtrac
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import floating, has_shape, integer, one_of
-from posterity._models import evaluating
+from posterity._models import at_rest
 from posterity._precision import wide
 
 __all__ = ["LocalCNN"]
@@ -170,10 +170,7 @@ def _field(receptive_field: Any, n_layers: int) -> int:
 @contextmanager
 def _resting(*nets: Any) -> Iterator[list[Blind]]:
     """Yield networks in eval mode, as functions as fast as they can be; modules get their modes back."""
-    with ExitStack() as stack:
-        for net in nets:
-            if isinstance(net, nn.Module):
-                stack.enter_context(evaluating(net))
+    with at_rest(*nets):
         yield [_folded(net) for net in nets]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from posterity._checks import finite, floating, integer, within
 from posterity._precision import wide
 from posterity.generative._canny import canny
+from posterity.generative._sizes import height_width
 from posterity.generative.meshes import Mesh, require_mesh
 from posterity.generative.viewpoints import Pose, require_pose, rotation
 
@@ -58,7 +59,7 @@ def render(
     light: tuple[float, float, float] = (0.3, 0.5, 1.0),
     ambient: float = 0.35,
     albedo: Float[Tensor, "f 3"] | None = None,
-    chunk: int | None = None,
+    chunk_size: int | None = None,
 ) -> Rendering:
     """Render a mesh from n viewpoints, flat shaded before white.
 
@@ -83,7 +84,7 @@ def render(
         Share of the light that comes from everywhere, in [0, 1].
     albedo : Tensor, optional
         Of shape (f, 3), in [0, 1]: what each face reflects. Default: 0.75 of all.
-    chunk : int, optional
+    chunk_size : int, optional
         Views at once, at least 1. Default: by the number of faces. The result does not depend on it.
 
     Returns
@@ -111,11 +112,11 @@ def render(
     """
     require_mesh("mesh", mesh)
     require_pose("pose", pose, values=True)
-    height, width = image_size(size)
+    height, width = height_width(size, 8)
     within("fov", fov, 0, 170, open_low=True, open_high=True)
     within("ambient", ambient, 0, 1)
-    if chunk is not None:
-        integer("chunk", chunk, 1)
+    if chunk_size is not None:
+        integer("chunk_size", chunk_size, 1)
     dtype, device = mesh.vertices.dtype, mesh.vertices.device
     if not isinstance(light, tuple | list) or len(light) != 3:
         raise ValueError(f"light must be three numbers, got {light!r}")
@@ -142,7 +143,7 @@ def render(
         pose = Pose(*(wide(part.detach()).to(vertices) for part in pose))
         faces = mesh.faces.long()
         order = _canonical(vertices, faces)
-        step = chunk or max(1, PAIRS // n_faces)
+        step = chunk_size or max(1, PAIRS // n_faces)
         parts = []
         for start in range(0, len(pose.azimuth), step):
             views = Pose(*(part[start : start + step] for part in pose))
@@ -159,14 +160,6 @@ def render(
         surface = colour.to(normals)[seen.clamp_min(0)[:, 0]].movedim(3, 1)
         image = torch.where(mask, shade * surface, 1)
     return Rendering(image.clamp(0, 1).to(dtype), depth.to(dtype), mask, normals.to(dtype), seen)
-
-
-def image_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Return height and width, each at least 8."""
-    pair = (size, size) if not isinstance(size, tuple | list) else tuple(size)
-    if len(pair) != 2:
-        raise ValueError(f"size must be one number or height and width, got {size!r}")
-    return integer("size", pair[0], 8), integer("size", pair[1], 8)
 
 
 def _canonical(vertices: Float[Tensor, "v 3"], faces: Int[Tensor, "f 3"]) -> Int[Tensor, " f"]:

@@ -9,7 +9,6 @@ empty the data are around it.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from posterity._checks import integer, one_of
-from posterity._models import evaluating
+from posterity._models import at_rest
 from posterity.generative.rarity_score import (
     Distance,
     Features,
@@ -187,10 +186,7 @@ class RarityScore(Metric):
             raise ValueError(f"real must be True or False, got {real!r}")
         (extractor,) = self._extractor
         if extractor is not None:
-            with (
-                torch.no_grad(),
-                evaluating(extractor) if isinstance(extractor, nn.Module) else nullcontext(),
-            ):
+            with torch.no_grad(), at_rest(extractor):
                 features = extractor(features)
         name = "features" if extractor is None else "extractor(features)"
         features = _features(name, features, metric=self.metric)

@@ -34,6 +34,7 @@ from posterity.generative._network import (
     call,
     check_cond,
     check_times,
+    from_source,
     home,
     normal,
     starts,
@@ -66,7 +67,7 @@ class RectifiedFlow:
     Raises
     ------
     ValueError
-        If ``shape`` is not of positive integers or ``path`` is unknown.
+        If ``shape`` is not of positive integers, ``source`` is not callable, or ``path`` is unknown.
 
     Notes
     -----
@@ -108,6 +109,8 @@ class RectifiedFlow:
         if not sizes:
             raise ValueError(f"shape must have at least one dimension, got {shape!r}")
         self.shape = tuple(integer("shape", size, 1) for size in sizes)
+        if source is not None and not callable(source):
+            raise ValueError(f"source must be a callable (n, generator), got {source!r}")
         self.source = source
         self.path = one_of("path", path, ("linear", "vp", "sub-vp"))
 
@@ -181,10 +184,10 @@ class RectifiedFlow:
         Raises
         ------
         ValueError
-            If shapes, dtypes, times, ``cond`` or ``reduction`` do not fit.
+            If there are no samples, or shapes, dtypes, times, ``cond`` or ``reduction`` do not fit.
         """
         one_of("reduction", reduction, ("mean", "sum", "none"))
-        self._check("x1", x1)
+        self._check_some(x1)
         if x0 is None:
             x0 = self._draw(len(x1), x1.dtype, x1.device, generator)
         self._check_pair(x1, x0)
@@ -372,11 +375,12 @@ class RectifiedFlow:
         Raises
         ------
         ValueError
-            If a distance is given for several steps, or another argument is wrong.
+            If there are no samples, a distance is given for several steps, or another argument is wrong.
         """
         if distance is not None and n_steps != 1:
             raise ValueError(f"n_steps must be 1 where distance is given, got {n_steps}")
         integer("n_steps", n_steps, 1)
+        self._check_some(x1)
         self._check_pair(x1, x0)
         dtype, x0, x1 = x1.dtype, wide(x0), wide(x1)
         t = torch.floor(uniform(len(x1), x1, generator) * n_steps) / n_steps
@@ -460,6 +464,10 @@ class RectifiedFlow:
     def _check(self, name: str, x: Any) -> Tensor:
         return has_shape(name, floating(name, x, "scale to floats first"), (None, *self.shape), "shape")
 
+    def _check_some(self, x1: Any) -> None:
+        if not len(self._check("x1", x1)):
+            raise ValueError(f"x1 must have samples, got shape {tuple(x1.shape)}")
+
     def _check_pair(self, x1: Any, x0: Any) -> None:
         has_shape("x0", floating("x0", x0, "scale to floats first"), self._check("x1", x1).shape, "x1")
 
@@ -467,8 +475,7 @@ class RectifiedFlow:
         self, n: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
     ) -> Tensor:
         if self.source is not None:
-            x0 = has_shape("source", self.source(n, generator), (n, *self.shape), "shape")
-            return x0.to(device, dtype)
+            return from_source(self.source, (n, *self.shape), dtype, device, generator)
         return normal((n, *self.shape), dtype, device, generator)
 
     def _starts(

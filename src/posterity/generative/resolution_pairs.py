@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from posterity._checks import floating, has_shape, integer, one_of
-from posterity._models import evaluating
+from posterity._models import at_rest
 from posterity._precision import wide
 from posterity._random import draw_device
+from posterity.generative._sizes import height_width
 from posterity.generative.image_interpolation import pixel_grid
 
 __all__ = ["funknn_pairs", "upsample"]
@@ -121,7 +122,7 @@ def _reduced(images: Tensor, sides: Sequence[int]) -> Tensor:
 @torch.no_grad()
 def upsample(
     net: Callable[..., Any], image: Float[Tensor, "n c h w"], size: int | tuple[int, int], *,
-    recursive: bool = False, factor: int = 2, chunk: int = 16384,
+    recursive: bool = False, factor: int = 2, chunk_size: int = 16384,
 ) -> Float[Tensor, "n channels height width"]:  # fmt: skip
     """Return an image at another size, read off a continuous image at the centres of pixels.
 
@@ -141,7 +142,7 @@ def upsample(
         then once to the size: for networks trained on that factor.
     factor : int, default=2
         At least 2.
-    chunk : int, default=16384
+    chunk_size : int, default=16384
         Coordinates at once, over all images, at least 1: less needs less memory.
 
     Returns
@@ -168,35 +169,25 @@ def upsample(
     tensor([2.7500, 3.2500, 3.7500, 4.2500])
     """
     has_shape("image", floating("image", image, "scale to floats first"), (None,) * 4)
-    height, width = (integer("size", side, 1) for side in _sides(size))
+    sides = height_width(size)
     integer("factor", factor, 2)
-    integer("chunk", chunk, 1)
-    if isinstance(net, nn.Module):
-        with evaluating(net):
-            return _enlarged(net, image, (height, width), factor if recursive else None, chunk)
-    return _enlarged(net, image, (height, width), factor if recursive else None, chunk)
+    integer("chunk_size", chunk_size, 1)
+    with at_rest(net):
+        return _enlarged(net, image, sides, factor if recursive else None, chunk_size)
 
 
-def _sides(size: Any) -> tuple[Any, Any]:
-    if isinstance(size, tuple | list) and len(size) == 2:
-        return size[0], size[1]
-    if not isinstance(size, int):
-        raise ValueError(f"size must be height and width or an integer, got {size!r}")
-    return size, size
-
-
-def _enlarged(net: Any, image: Tensor, size: tuple[int, int], factor: int | None, chunk: int) -> Tensor:
+def _enlarged(net: Any, image: Tensor, size: tuple[int, int], factor: int | None, chunk_size: int) -> Tensor:
     while factor and all(factor * have <= want for have, want in zip(image.shape[2:], size, strict=True)):
-        image = _at(net, image, (factor * image.shape[2], factor * image.shape[3]), chunk)
+        image = _at(net, image, (factor * image.shape[2], factor * image.shape[3]), chunk_size)
         if tuple(image.shape[2:]) == size:
             return image
-    return _at(net, image, size, chunk)
+    return _at(net, image, size, chunk_size)
 
 
-def _at(net: Any, image: Tensor, size: tuple[int, int], chunk: int) -> Tensor:
+def _at(net: Any, image: Tensor, size: tuple[int, int], chunk_size: int) -> Tensor:
     grid = pixel_grid(*size, device=image.device, dtype=torch.promote_types(image.dtype, torch.float32))
     parts = []
-    for coords in grid.split(max(1, chunk // max(1, len(image))), 1):
+    for coords in grid.split(max(1, chunk_size // max(1, len(image))), 1):
         part = floating("net(image, coords)", net(image, coords))
         parts.append(
             has_shape("net(image, coords)", part, (len(image), coords.shape[1], None), "image and coords")

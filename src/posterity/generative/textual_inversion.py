@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, needs, one_of, within
+from posterity._models import held
 from posterity._precision import wide
 from posterity._random import draw_device
 from posterity.generative.concept_words import (
@@ -26,7 +27,7 @@ from posterity.generative.concept_words import (
     pieces_of,
     with_tokens,
 )
-from posterity.generative.frozen_diffusion import DiffusionLoss, held
+from posterity.generative.frozen_diffusion import DiffusionLoss
 
 __all__ = ["PROMPTS", "TextualInversion"]
 
@@ -106,7 +107,7 @@ class TextualInversion:
     >>> from posterity.generative import TextualInversion, TinyTextToImage, shapes
     >>> model = TinyTextToImage.pretrained()
     >>> learner, denoise = TextualInversion.from_pipeline(model, initializer="ring")
-    >>> images, _ = shapes(5, colours=["orange"], kinds=["ring"], generator=torch.Generator().manual_seed(0))
+    >>> images, _ = shapes(5, colors=["orange"], kinds=["ring"], generator=torch.Generator().manual_seed(0))
     >>> concept = learner.fit(denoise, images, n_steps=2, generator=torch.Generator().manual_seed(0))
     >>> concept.token, tuple(concept.vectors.shape)
     ('<concept>', (1, 64))

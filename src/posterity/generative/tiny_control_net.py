@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from posterity._checks import at_least, finite, floating, integer, needs
-from posterity._random import draw_device
-from posterity.generative._shipped import read_weights, write_weights
+from posterity._random import draw_device, seed_from, seeded
+from posterity.generative._shipped import read_weights, train, write_weights
 from posterity.generative.meshes import KINDS, Kind, Mesh, primitive
 from posterity.generative.rasteriser import edge_map, render
 from posterity.generative.viewpoints import Pose, rotation, sample_poses
@@ -33,7 +33,7 @@ CONTROL_FILE = "tiny_control_net.safetensors"
 CONTROL_SHA256 = "20cbd9164ef8e7a79279f3498df72b6db836f7ae5eb9a563391fc2eab6609927"
 MESHES, VIEWS = 32, 10  # of each kind, that `train` draws
 FOV, NEAR_FAR = 40.0, (2.8, 5.5)  # what `train` sees from where
-TRAIN_BATCH, TRAIN_RATE, TRAIN_DECAY = 16, 2e-3, 0.995
+TRAIN_BATCH = 16
 
 
 class TinyControlNet:
@@ -235,8 +235,7 @@ class TinyControlNet:
     @classmethod
     def _untrained(cls, seed: int) -> "TinyControlNet":
         diffusers = needs("diffusers", "generative")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             unet = diffusers.UNet2DConditionModel(
                 sample_size=SIDE // 2, in_channels=12, out_channels=12, block_out_channels=(24, 32, 32),
                 layers_per_block=1, down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
@@ -280,14 +279,13 @@ class TinyControlNet:
             If ``n_steps`` is less than 2.
         """
         integer("n_steps", n_steps, 2)
-        seed = int(torch.randint(2**31, (), generator=generator, device=draw_device(generator)))
+        seed = seed_from(generator)
         made = cls._untrained(seed)
         # no more meshes than the steps can look at
         views = _views(min(MESHES, -(-n_steps * TRAIN_BATCH // (VIEWS * len(KINDS)))), generator)
         first = max(1, 2 * n_steps // 5)
         made._stage([made.unet, made.words], views, first, generator, controlled=False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             made.controlnet = cls._copy(made.unet)
         made.controlnet.requires_grad_(True)
         made._stage([made.controlnet], views, n_steps - first, generator, controlled=True)
@@ -299,37 +297,19 @@ class TinyControlNet:
     ) -> None:  # fmt: skip
         """Train some of the networks, and lock them."""
         where = draw_device(generator)
-        params = [p for module in modules for p in module.parameters()]
-        average = [p.detach().clone() for p in params]
-        adam = torch.optim.Adam(params, lr=TRAIN_RATE)
-        rate = torch.optim.lr_scheduler.LambdaLR(
-            adam, lambda k: min((k + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * k / n_steps))
-        )
-        with torch.enable_grad():
-            for k in range(n_steps):
-                rows = torch.randint(len(views.kind), (TRAIN_BATCH,), generator=generator, device=where).cpu()
-                batch = Views(*(part[rows] for part in views))
-                images, texts = _painted(batch, generator)
-                x = functional.pixel_unshuffle(2 * images - 1, 2)
-                noise = torch.randn(x.shape, generator=generator, device=where).cpu()
-                t = torch.randint(1000, (TRAIN_BATCH,), generator=generator, device=where).cpu()
-                noisy = self.scheduler.add_noise(x, noise, t)
-                said = self.predict(
-                    noisy, t, self.words(self.tokens(texts)), batch.edges if controlled else None
-                )
-                adam.zero_grad()
-                (said - x).square().mean().backward()
-                nn.utils.clip_grad_norm_(params, 1.0)
-                adam.step()
-                rate.step()
-                weight = 1 - min(TRAIN_DECAY, (k + 1) / (k + 10))
-                for mean, p in zip(average, params, strict=True):
-                    mean.lerp_(p.detach(), weight)
-        with torch.no_grad():
-            for p, mean in zip(params, average, strict=True):
-                p.copy_(mean.half())  # as the file keeps them
-        for module in modules:
-            module.eval().requires_grad_(False)
+
+        def loss() -> Tensor:
+            rows = torch.randint(len(views.kind), (TRAIN_BATCH,), generator=generator, device=where).cpu()
+            batch = Views(*(part[rows] for part in views))
+            images, texts = _painted(batch, generator)
+            x = functional.pixel_unshuffle(2 * images - 1, 2)
+            noise = torch.randn(x.shape, generator=generator, device=where).cpu()
+            t = torch.randint(1000, (TRAIN_BATCH,), generator=generator, device=where).cpu()
+            noisy = self.scheduler.add_noise(x, noise, t)
+            said = self.predict(noisy, t, self.words(self.tokens(texts)), batch.edges if controlled else None)
+            return (said - x).square().mean()
+
+        train(modules, loss, n_steps)
 
     @staticmethod
     def _copy(unet: nn.Module) -> nn.Module:

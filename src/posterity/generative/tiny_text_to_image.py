@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import integer, needs
-from posterity._random import draw_device
-from posterity.generative._shipped import read_weights, write_weights
+from posterity._random import draw_device, seed_from, seeded
+from posterity.generative._shipped import read_weights, train, write_weights
 
 __all__ = ["TinyTextToImage", "shapes"]
 
@@ -42,12 +42,12 @@ OPENINGS = (
 FILE = "tiny_text_to_image.safetensors"
 SHA256 = "84690673dbb866a87656c57cd5b2e691fdf953449e8914e43049ea60c5a16cfe"
 GROUND = 0.92  # the background, a light grey
-BATCH, RATE, DECAY = 32, 2e-3, 0.995  # of `train`
+BATCH = 32  # of `train`
 WIDTH, LENGTH = 64, 32
 
 
 def shapes(
-    n: int, *, colours: Sequence[str] | None = None, kinds: Sequence[str] | None = None,
+    n: int, *, colors: Sequence[str] | None = None, kinds: Sequence[str] | None = None,
     places: Sequence[str] | None = None, size: int = 16, generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, "n 3 size size"], list[str]]:  # fmt: skip
     """Draw pictures of coloured shapes on a plain ground, and say what is in them.
@@ -56,7 +56,7 @@ def shapes(
     ----------
     n : int
         How many, at least 1.
-    colours : sequence of str, optional
+    colors : sequence of str, optional
         Of which each has one; a colour is a range of 24 degrees of hue. Default: the nine that `TinyTextToImage` has
         words for. It has never seen "orange", "cyan" and "violet".
     kinds : sequence of str, optional
@@ -82,14 +82,14 @@ def shapes(
     --------
     >>> import torch
     >>> from posterity.generative import shapes
-    >>> images, captions = shapes(2, colours=["red"], kinds=["ring"], places=["on the left"])
+    >>> images, captions = shapes(2, colors=["red"], kinds=["ring"], places=["on the left"])
     >>> captions[0], tuple(images.shape)
     ('a photo of a red ring on the left', (2, 3, 16, 16))
     >>> bool((images[:, 0] > images[:, 2] - 1e-6).all())  # nowhere bluer than red
     True
     """
     count, size = integer("n", n, 1), integer("size", size, 4)
-    colours = _chosen("colours", colours, HUES, NEW_HUES)
+    colours = _chosen("colors", colors, HUES, NEW_HUES)
     kinds = _chosen("kinds", kinds, FORMS, NEW_FORMS)
     named = _chosen("places", places, PLACES, ())
     where = draw_device(generator)
@@ -255,8 +255,7 @@ class TinyTextToImage:
         tokenizer = _tokenizer(transformers)
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
                "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(
                 vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,
                 num_attention_heads=4, max_position_embeddings=LENGTH, projection_dim=WIDTH, **ids,
@@ -301,47 +300,25 @@ class TinyTextToImage:
         """
         integer("n_steps", n_steps, 1)
         where = draw_device(generator)
-        seed = int(torch.randint(2**31, (), generator=generator, device=where))
-        made = cls._untrained(seed)
-        modules = (made.unet, made.text_encoder)
-        params = [p for module in modules for p in module.parameters()]
-        average = [p.detach().clone() for p in params]
-        adam = torch.optim.Adam(params, lr=RATE)
-        rate = torch.optim.lr_scheduler.LambdaLR(
-            adam, lambda k: min((k + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * k / n_steps))
-        )
-        with torch.enable_grad():
-            for k in range(n_steps):
-                images, texts = shapes(BATCH, generator=generator)
-                which = torch.randint(len(OPENINGS), (BATCH,), generator=generator, device=where).tolist()
-                texts = [
-                    OPENINGS[i] + text.removeprefix(OPENING) for i, text in zip(which, texts, strict=True)
-                ]
-                empty = torch.rand(BATCH, generator=generator, device=where) < 0.1
-                texts = ["" if nothing else text for nothing, text in zip(empty.tolist(), texts, strict=True)]
-                tokens = made.tokenizer(
-                    texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
-                )
-                x = 2 * images - 1
-                noise = torch.randn(x.shape, generator=generator, device=where).cpu()
-                t = torch.randint(1000, (BATCH,), generator=generator, device=where).cpu()
-                context = made.text_encoder(tokens.input_ids)[0]
-                said = made.unet(
-                    made.scheduler.add_noise(x, noise, t), t, encoder_hidden_states=context
-                ).sample
-                adam.zero_grad()
-                (said - made.scheduler.get_velocity(x, noise, t)).square().mean().backward()
-                nn.utils.clip_grad_norm_(params, 1.0)
-                adam.step()
-                rate.step()
-                weight = 1 - min(DECAY, (k + 1) / (k + 10))
-                for mean, p in zip(average, params, strict=True):
-                    mean.lerp_(p.detach(), weight)
-        with torch.no_grad():
-            for p, mean in zip(params, average, strict=True):
-                p.copy_(mean.half())  # as the file keeps them
-        for module in modules:
-            module.eval().requires_grad_(False)
+        made = cls._untrained(seed_from(generator))
+
+        def loss() -> Tensor:
+            images, texts = shapes(BATCH, generator=generator)
+            which = torch.randint(len(OPENINGS), (BATCH,), generator=generator, device=where).tolist()
+            texts = [OPENINGS[i] + text.removeprefix(OPENING) for i, text in zip(which, texts, strict=True)]
+            empty = torch.rand(BATCH, generator=generator, device=where) < 0.1
+            texts = ["" if nothing else text for nothing, text in zip(empty.tolist(), texts, strict=True)]
+            tokens = made.tokenizer(
+                texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+            )
+            x = 2 * images - 1
+            noise = torch.randn(x.shape, generator=generator, device=where).cpu()
+            t = torch.randint(1000, (BATCH,), generator=generator, device=where).cpu()
+            context = made.text_encoder(tokens.input_ids)[0]
+            said = made.unet(made.scheduler.add_noise(x, noise, t), t, encoder_hidden_states=context).sample
+            return (said - made.scheduler.get_velocity(x, noise, t)).square().mean()
+
+        train([made.unet, made.text_encoder], loss, n_steps)
         return made
 
 

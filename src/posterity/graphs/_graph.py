@@ -17,6 +17,7 @@ from posterity._precision import NARROW, Function, wide
 
 __all__ = [
     "adjacency",
+    "check_batch",
     "check_edges",
     "check_graph",
     "check_index",
@@ -72,6 +73,17 @@ def check_edges(
 ) -> Tensor:
     """Return edges of shape (2, edges) between nodes below n, as `check_index` does."""
     return check_index(name, edge_index, (2, None), n, of=source, read=read)
+
+
+@uncompiled
+def check_batch(
+    batch: Any, n: int, graphs: int | None = None, *, source: str, of: str = "", read: bool | None = None
+) -> Tensor:
+    """Return the graph of each of n nodes, which must be sorted, as `check_index` does."""
+    batch = check_index("batch", batch, (n,), graphs, "graphs", source=source, of=of, read=read)
+    if (batch.device.type == "cpu" if read is None else read) and bool((batch.diff() < 0).any()):
+        raise ValueError("batch must be sorted")
+    return batch
 
 
 def check_undirected(edge_index: Any, n: int, name: str = "edge_index") -> Tensor:

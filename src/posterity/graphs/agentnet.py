@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from posterity._checks import at_least, floating, has_shape, integer, one_of, within
 from posterity._precision import wide
 from posterity._random import draw_device
-from posterity.graphs._graph import check_edges, check_index, uncompiled
+from posterity.graphs._graph import check_batch, check_edges, check_index, csr_order, uncompiled
 from posterity.graphs.segments import _aggregate, _choose
 
 __all__ = ["AgentNet", "AgentTrace"]
@@ -216,7 +216,7 @@ class AgentNet(nn.Module):
         """
         edge_index, graph, position = self._begin(x, edge_index, batch, edge_attr, start, generator, csr)
         moves = (*csr, None) if csr is not None else _moves(edge_index, len(x), self.self_loops)
-        arrivals = moves if csr is not None else _rows(edge_index.flip(0), len(x))
+        arrivals = moves if csr is not None else csr_order(*edge_index.flip(0), len(x))
         n_graphs, k, h = len(position) // self.num_agents, self.num_agents, self.hidden_channels
         edges = None if edge_attr is None else wide(self.edge_encoder(edge_attr))
         nodes = _States(x, self.encoder, dense=len(x) <= 4 * len(position))
@@ -269,9 +269,7 @@ class AgentNet(nn.Module):
         if batch is None:
             sizes, first = x.new_tensor([len(x)], dtype=torch.int64), x.new_zeros(1, dtype=torch.int64)
         else:
-            batch = check_index("batch", batch, (len(x),), source="x")
-            if batch.device.type == "cpu" and bool((batch.diff() < 0).any()):
-                raise ValueError("batch must be sorted")
+            batch = check_batch(batch, len(x), source="x")
             sizes = torch.bincount(batch)
             first = sizes.cumsum(0) - sizes
         if len(x) == 0 or (sizes.device.type == "cpu" and bool((sizes == 0).any())):
@@ -399,13 +397,6 @@ class _States:
         self.ids, self.written = ids[order], torch.cat([self.written[old], states])[order]
 
 
-def _rows(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return CSR of edges by their first row, and the number of each edge in that order."""
-    order = edge_index[0].argsort(stable=True)
-    counts = torch.bincount(edge_index[0], minlength=num_nodes)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), edge_index[1][order], order
-
-
 def _moves(edge_index: Tensor, num_nodes: int, self_loops: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return CSR of moves and the number of each one's edge, -1 for a stay.
 
@@ -420,7 +411,7 @@ def _moves(edge_index: Tensor, num_nodes: int, self_loops: bool) -> tuple[Tensor
         stay = (torch.bincount(edge_index[0], minlength=num_nodes) == 0).nonzero()[:, 0]
     edge_index = torch.cat([edge_index, stay.expand(2, -1)], 1)
     number = torch.cat([number, torch.full_like(stay, -1)])
-    rowptr, col, order = _rows(edge_index, num_nodes)
+    rowptr, col, order = csr_order(*edge_index, num_nodes)
     return rowptr, col, number[order]
 
 

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components, shortest_path
 from torch import Tensor
 
 from posterity._checks import floating, has_shape, integer
-from posterity.graphs._graph import check_index, check_undirected
+from posterity.graphs._graph import check_batch, check_undirected
 
 __all__ = ["resistance_distance", "shortest_path_distance"]
 
@@ -119,11 +119,7 @@ class _Layout:
             self.graph = np.zeros(num_nodes, np.int64)
             self.sizes = np.array([num_nodes])
         else:
-            self.graph = (
-                check_index("batch", batch, (num_nodes,), source="the nodes", read=True).cpu().numpy()
-            )
-            if (np.diff(self.graph) < 0).any():
-                raise ValueError("batch must be sorted")
+            self.graph = check_batch(batch, num_nodes, source="the nodes", read=True).cpu().numpy()
             self.sizes = np.bincount(self.graph)
         starts = self.sizes.cumsum() - self.sizes
         self.place = np.arange(num_nodes) - starts[self.graph]

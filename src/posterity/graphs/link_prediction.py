@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from posterity._checks import at_least, finite, floating, has_shape, integer, within
 from posterity._precision import wide
 from posterity._random import draw_device
+from posterity._stopping import Best
 from posterity.graphs._graph import check_edges, check_undirected, ordinary
 
 __all__ = ["InductiveLinkSplit", "LinkDecoder", "fit_link_decoder", "hits_at_k", "inductive_link_split"]
@@ -238,7 +239,7 @@ def fit_link_decoder(
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
     decoder = decoder.to(z)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=lr)
-    best, state, idle = -1.0, decoder.state_dict(), 0
+    best = Best(decoder, patience)
     label = torch.cat([z.new_ones(train_pos.shape[1]), z.new_zeros(train_pos.shape[1])])
     for _ in range(max_epochs):
         u = torch.randint(len(z), (train_pos.shape[1],), generator=generator, device=draw_device(generator))
@@ -251,13 +252,9 @@ def fit_link_decoder(
         optimizer.step()
         with torch.no_grad():
             hits = hits_at_k(decoder._scores(z, val_pos), decoder._scores(z, val_neg), k)
-        idle += 1
-        if hits > best:
-            best, idle = hits, 0
-            state = {name: value.clone() for name, value in decoder.state_dict().items()}
-        if idle >= patience:
+        if best.stop(-hits):
             break
-    decoder.load_state_dict(state)
+    best.restore()
     return decoder.to(dtype)
 
 

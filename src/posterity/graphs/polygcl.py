@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer, one_of, within
+from posterity._models import evaluating
 from posterity._precision import wide
 from posterity._random import draw_device
+from posterity._stopping import Best
 from posterity.graphs._graph import trains
 from posterity.graphs.polynomial_filter import PolynomialFilter, _check_weighted, _Laplacian
 
@@ -204,12 +206,8 @@ class PolyGCL(nn.Module):
         Tensor
             Shape (nodes, hidden_channels).
         """
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             return self._mixed(*self.views(x, edge_index))
-        finally:
-            self.train(training)
 
     def _graph(self, x: Tensor, edge_index: Tensor) -> "_Laplacian":
         has_shape("x", floating("x", x), (None, self.in_channels), "this model")
@@ -241,7 +239,7 @@ def fit_polygcl(
     x: Float[Tensor, "nodes features"],
     edge_index: Int[Tensor, "2 edges"],
     *,
-    epochs: int = 500,
+    max_epochs: int = 500,
     patience: int = 20,
     lr: float = 1e-3,
     filter_lr: float = 1e-2,
@@ -259,7 +257,7 @@ def fit_polygcl(
         Features.
     edge_index : Tensor of shape (2, edges)
         Edges.
-    epochs : int, default=500
+    max_epochs : int, default=500
         Steps at most, each on the whole graph; at least 1.
     patience : int, default=20
         Steps without a lower loss after which training stops, at least 1.
@@ -301,10 +299,10 @@ def fit_polygcl(
     >>> from posterity.graphs import PolyGCL, contextual_sbm, fit_polygcl
     >>> graph = contextual_sbm(60, n_features=20, generator=torch.Generator().manual_seed(0))
     >>> model = PolyGCL(20, 8, K=2)
-    >>> len(fit_polygcl(model, 20**0.5 * graph.x, graph.edge_index, epochs=3))
+    >>> len(fit_polygcl(model, 20**0.5 * graph.x, graph.edge_index, max_epochs=3))
     3
     """
-    integer("epochs", epochs, 1)
+    integer("max_epochs", max_epochs, 1)
     integer("patience", patience, 1)
     at_least("weight_decay", weight_decay, 0)
     at_least("filter_weight_decay", filter_weight_decay, 0)
@@ -324,24 +322,19 @@ def fit_polygcl(
         ]
     )
     losses: list[float] = []
-    best, since, kept = math.inf, 0, model.state_dict()
+    best = Best(model, patience)
     model.train()
-    for _ in range(epochs):
+    for _ in range(max_epochs):
         optimizer.zero_grad(set_to_none=True)
         loss = model._loss(x, graph, generator)
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise ValueError(f"the loss is {losses[-1]} after {len(losses) - 1} steps: lower lr, got {lr}")
-        if losses[-1] < best:
-            best, since = losses[-1], 0
-            kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        else:
-            since += 1
-            if since == patience:
-                break
+        if best.stop(losses[-1]):
+            break
         loss.backward()
         optimizer.step()
-    model.load_state_dict(kept)
+    best.restore()
     model.eval()
     return losses
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from posterity._checks import has_shape, integer, one_of, within
 from posterity._precision import wide
-from posterity.graphs._graph import check_edges, check_index
+from posterity.graphs._graph import check_batch, check_edges
 from posterity.graphs._sparse import Adjacency, edge_pattern, times
 from posterity.graphs.laplacian import _check_eigs
 
@@ -164,7 +164,8 @@ class SignNet(nn.Module):
         _check_eigs(eigvecs, eigvals, self.k)
         edge_index = check_edges(edge_index, n)
         if batch is not None:
-            batch = _check_batch(batch, n, None if eigvals.ndim == 1 else len(eigvals))
+            graphs = None if eigvals.ndim == 1 else len(eigvals)
+            batch = check_batch(batch, n, graphs, source="eigvecs", of="eigvals")
         elif eigvals.ndim == 2 and len(eigvals) != 1:
             raise ValueError(f"eigvals must have one row where batch is not given, got {len(eigvals)}")
         keep = None
@@ -326,10 +327,3 @@ def _per_node(values: Tensor, batch: Tensor | None, n: int) -> Tensor:
     if values.ndim == 2 and batch is not None:
         return values[batch]
     return values.reshape(1, -1).expand(n, -1)
-
-
-def _check_batch(batch: Any, n: int, graphs: int | None) -> Tensor:
-    batch = check_index("batch", batch, (n,), graphs, "graphs", source="eigvecs", of="eigvals")
-    if batch.device.type == "cpu" and bool((batch.diff() < 0).any()):
-        raise ValueError("batch must be sorted")
-    return batch

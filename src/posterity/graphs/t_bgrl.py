@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of, within
+from posterity._models import evaluating
 from posterity._precision import wide, widened
 from posterity.graphs._graph import check_edges, trains
 from posterity.graphs.gcn_encoder import GCNEncoder
@@ -137,8 +138,7 @@ class TBGRL(nn.Module):
         self.online_encoder = encoder
         self.target_encoder = copy.deepcopy(encoder)
         _reset(self.target_encoder)
-        for parameter in self.target_encoder.parameters():
-            parameter.requires_grad_(False)
+        self.target_encoder.requires_grad_(False)
         self.predictor = nn.Sequential(
             nn.Linear(out_channels, predictor_hidden), nn.PReLU(), nn.Linear(predictor_hidden, out_channels)
         )
@@ -209,12 +209,8 @@ class TBGRL(nn.Module):
         -------
         Tensor
         """
-        was = self.online_encoder.training
-        self.online_encoder.eval()
-        try:
-            return self.online_encoder(x, edge_index)
-        finally:
-            self.online_encoder.train(was)
+        with evaluating(self.online_encoder) as encoder:
+            return encoder(x, edge_index)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what an optimiser should train: online encoder and predictor.
@@ -263,8 +259,8 @@ def cosine_schedule(step: int, max_value: float, warmup_steps: int, total_steps:
 
 @trains
 def fit_tbgrl(
-    model: TBGRL, x: Float[Tensor, "nodes features"], edge_index: Int[Tensor, "2 edges"], *, epochs: int = 10_000,
-    lr: float = 0.015, warmup: int = 1000, momentum: float = 0.91, weight_decay: float = 1e-5,
+    model: TBGRL, x: Float[Tensor, "nodes features"], edge_index: Int[Tensor, "2 edges"], *,
+    max_epochs: int = 10_000, lr: float = 0.015, warmup_steps: int = 1000, momentum: float = 0.91, weight_decay: float = 1e-5,
     drop_edge: tuple[float, float] = (0.8, 0.8), drop_feature: tuple[float, float] = (0.8, 0.1),
     corruption: Corruption | None = "shuffle-features+random-edges", patience: int | None = None,
     generator: torch.Generator | None = None,
@@ -277,12 +273,12 @@ def fit_tbgrl(
         On the device of the graph.
     x, edge_index : Tensor
         The graph that training sees.
-    epochs : int, default=10_000
-        Steps, each on the whole graph.
+    max_epochs : int, default=10_000
+        Steps at most, each on the whole graph.
     lr : float, default=0.015
         Of AdamW; it warms up and falls along a cosine.
-    warmup : int, default=1000
-        Steps of the warm-up, fewer than ``epochs``.
+    warmup_steps : int, default=1000
+        Steps of the warm-up, fewer than ``max_epochs``.
     momentum : float, default=0.91
         Of the target at the start, from where it rises to 1.
     weight_decay : float, default=1e-5
@@ -313,12 +309,12 @@ def fit_tbgrl(
     ``neg_lambda=0.24``, edges (0.7, 0.3), features (0.9, 0.4), random features and edges.
     Features should have rows that sum to 1.
     """
-    integer("epochs", epochs, 1)
+    integer("max_epochs", max_epochs, 1)
     at_least("lr", lr, 0, strict=True)
     at_least("weight_decay", weight_decay, 0)
     within("momentum", momentum, 0, 1)
-    if not integer("warmup", warmup, 0) < epochs:
-        raise ValueError(f"warmup must be below epochs, got {warmup} and {epochs}")
+    if not integer("warmup_steps", warmup_steps, 0) < max_epochs:
+        raise ValueError(f"warmup_steps must be below max_epochs, got {warmup_steps} and {max_epochs}")
     if corruption is not None:
         one_of("corruption", corruption, CORRUPTIONS)
     if patience is not None:
@@ -338,9 +334,9 @@ def fit_tbgrl(
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=lr, weight_decay=weight_decay)
     losses, best, idle = [], math.inf, 0
     model.train()
-    for step in range(epochs):
+    for step in range(max_epochs):
         for group in optimizer.param_groups:
-            group["lr"] = cosine_schedule(step, lr, warmup, epochs)
+            group["lr"] = cosine_schedule(step, lr, warmup_steps, max_epochs)
         first, second = (
             _augment(features, edge_index, edge, feature, generator)
             for edge, feature in zip(drop_edge, drop_feature, strict=True)
@@ -350,7 +346,7 @@ def fit_tbgrl(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        model.update_target(1 - cosine_schedule(step, 1 - momentum, 0, epochs))
+        model.update_target(1 - cosine_schedule(step, 1 - momentum, 0, max_epochs))
         losses.append(float(loss.detach()))
         idle = 0 if losses[-1] < best - 0.01 else idle + 1
         best = losses[-1] if idle == 0 else best

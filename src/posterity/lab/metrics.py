@@ -1,12 +1,16 @@
 """Metrics of studies that scikit-learn and torchmetrics do not have, on arrays or tensors."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy import ndarray
+from numpy.typing import ArrayLike
+from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-__all__ = ["calibration_error", "node_score", "sliced_wasserstein"]
+__all__ = ["calibration_error", "node_score", "rank_correlation", "sliced_wasserstein"]
 
 
 def sliced_wasserstein(
@@ -66,6 +70,25 @@ def calibration_error(
     bins = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
     gap = np.bincount(bins, correct - confidence, minlength=n_bins)
     return float(np.abs(gap).sum() / len(target))
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """Return Spearman's rank correlation, 0 where a side is constant and so has no order.
+
+    Parameters
+    ----------
+    x, y : array-like of shape (n,), n of at least 2
+
+    Returns
+    -------
+    float
+        In [-1, 1].
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    if (x == x[0]).all() or (y == y[0]).all():
+        return 0.0
+    found: Any = spearmanr(x, y)
+    return float(found.statistic)
 
 
 def node_score(scores: Tensor, y: Tensor, rows: Tensor) -> float:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import needs, one_of
+from posterity.lab import pretrained
 from posterity.lab.nets import seeded
 
 __all__ = ["ATTRIBUTES", "OBJECTS", "TwoTowers", "attribute_object_images", "captions", "two_towers"]
 
 ATTRIBUTES = ("red", "green", "blue", "striped", "dotted", "tiny", "huge", "dark")
 OBJECTS = ("disc", "square", "triangle", "cross", "ring", "bar")
+SIZE = 16  # of the small model's images
 BATCH = 128  # of the small model's training
 POSITIONS = 24  # tokens of a text: sixteen free ones and a few words
 
@@ -33,7 +35,7 @@ class TwoTowers(NamedTuple):
 
 
 def attribute_object_images(
-    attributes: Tensor, objects: Tensor, *, size: int = 16, style: str = "plain", generator: torch.Generator
+    attributes: Tensor, objects: Tensor, *, size: int = SIZE, style: str = "plain", generator: torch.Generator
 ) -> Tensor:
     """Draw objects with attributes.
 
@@ -115,25 +117,14 @@ def two_towers(model: str, seed: int, *, steps: int = 600) -> TwoTowers:
     if model == "tiny":
         return _tiny(seed, steps)
     transformers = needs("transformers", "transfer")
-    try:
-        loaded = transformers.CLIPModel.from_pretrained(model).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model must be tiny, or a CLIP model's folder or name, got {model!r}: {first}"
-        ) from error
+    rule = "model must be tiny, or a CLIP model's folder or name"
+    loaded = pretrained.load(transformers.CLIPModel, model, rule).eval()
+    tokenizer = pretrained.load(transformers.AutoTokenizer, model, rule)
     size = loaded.config.vision_config.image_size
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # of CLIP's own training images
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
-    def prepare(images: Tensor) -> Tensor:
-        images = images.expand(-1, 3, -1, -1)
-        if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        return (images - mean) / std
-
-    return TwoTowers(loaded, tokenizer, prepare)
+    return TwoTowers(loaded, tokenizer, lambda images: (_sized(images, size) - mean) / std)
 
 
 @cache
@@ -157,7 +148,7 @@ def _tiny(seed: int, steps: int) -> TwoTowers:
         optimizer.step()
         schedule.step()
     model.zero_grad()
-    return TwoTowers(model.eval(), tokenizer, _centred)
+    return TwoTowers(model.eval(), tokenizer, lambda images: _centred(_sized(images, SIZE)))
 
 
 def _untrained(seed: int) -> tuple[Any, Any]:
@@ -187,7 +178,7 @@ def _untrained(seed: int) -> tuple[Any, Any]:
             **shared, "vocab_size": len(words), "max_position_embeddings": POSITIONS,
             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3,
         },
-        vision_config={**shared, "image_size": 16, "patch_size": 4},
+        vision_config={**shared, "image_size": SIZE, "patch_size": 4},
         projection_dim=32,
     )  # fmt: skip
     with seeded(seed):
@@ -204,5 +195,13 @@ def _anything(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return attributes, torch.randint(len(OBJECTS), (n,), generator=generator)
 
 
+def _sized(images: Tensor, size: int) -> Tensor:
+    """Return images in three colours and of a model's size."""
+    images = images.expand(-1, 3, -1, -1)
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    return images
+
+
 def _centred(images: Tensor) -> Tensor:
-    return 2 * images.expand(-1, 3, -1, -1) - 1
+    return 2 * images - 1

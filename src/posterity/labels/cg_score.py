@@ -31,6 +31,7 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from posterity._checks import at_least, integer, one_of, within
+from posterity.labels._arrays import array, numbers
 
 __all__ = ["cg_scores", "prune_by_score", "relu_ntk_gram"]
 
@@ -233,7 +234,7 @@ def prune_by_score(
     >>> prune_by_score([5, 1, 2, 9], ["a", "a", "b", "b"], 0.5, drop="high", stratify=False)
     array([1, 2])
     """
-    scores = _numbers("scores", scores)
+    scores, _ = numbers("scores", scores)
     if scores.ndim != 1:
         raise ValueError(f"scores must have shape (n,), got {scores.shape}")
     _, codes = _classes(y, len(scores), "scores")
@@ -247,36 +248,9 @@ def prune_by_score(
     return np.sort(np.concatenate([order[:0], *kept]))
 
 
-def _numbers(name: str, value: Any) -> ndarray:
-    """Return finite numbers in float64, whatever holds them."""
-    array = _array(name, value)
-    if array.ndim == 0 or array.dtype.kind not in "fiubO":
-        raise ValueError(
-            f"{name} must be a dense array of real numbers, got {array.dtype} of shape {array.shape}"
-        )
-    try:
-        array = array.astype(np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} must hold real numbers: {error}") from error
-    finite = np.isfinite(array)
-    if not finite.all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity in row {np.argwhere(~finite)[0][0]}")
-    return array
-
-
-def _array(name: str, value: Any) -> ndarray:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        return (value.double() if value.is_floating_point() else value).numpy()  # numpy has no bfloat16
-    try:
-        return np.asarray(value)
-    except (TypeError, ValueError) as error:  # rows of different lengths
-        raise ValueError(f"{name} must be an array: {error}") from error
-
-
 def _directions(X: Any) -> ndarray:
     """Return samples as rows of unit norm."""
-    X = _numbers("X", X)
+    X, _ = numbers("X", X)
     if X.ndim < 2:
         raise ValueError(f"X must have a row a sample, of shape (n, ...), got {X.shape}")
     X = X.reshape(len(X), math.prod(X.shape[1:]))
@@ -289,7 +263,7 @@ def _directions(X: Any) -> ndarray:
 
 def _classes(y: Any, n: int, source: str = "X") -> tuple[ndarray, ndarray]:
     """Return the classes and each label's code."""
-    y = _array("y", y)
+    y, _ = array("y", y)
     if y.shape != (n,):
         raise ValueError(f"y must have shape ({n},) for {source}, got {y.shape}")
     try:

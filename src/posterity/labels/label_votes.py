@@ -20,7 +20,7 @@ from scipy.special import softmax
 from torch import Tensor
 
 from posterity._checks import integer, one_of
-from posterity.labels.propagation import _array
+from posterity.labels._arrays import array
 
 __all__ = ["aggregate_votes", "vote_graph"]
 
@@ -31,7 +31,7 @@ PRODUCTS = 2**22  # products held at once
 
 
 def aggregate_votes(
-    votes: Votes, num_classes: int, *, method: Literal["em", "majority"] = "em"
+    votes: Votes, n_classes: int, *, method: Literal["em", "majority"] = "em"
 ) -> Float64[ndarray, "n c"]:
     """Return the probability of each class given the votes of unreliable rules.
 
@@ -40,7 +40,7 @@ def aggregate_votes(
     votes : array or Tensor of shape (n, m), integer
         The class in 0..c-1 that each of m rules votes for, -1 where it abstains. That it
         abstains is no information.
-    num_classes : int
+    n_classes : int
         c, at least 2.
     method : {"em", "majority"}, default="em"
         Equation 1 after 100 rounds of EM; or the class with the most votes, shared where
@@ -77,16 +77,16 @@ def aggregate_votes(
            [0.5, 0.5],
            [0.5, 0.5]])
     """
-    num_classes = integer("num_classes", num_classes, 2)
+    n_classes = integer("n_classes", n_classes, 2)
     one_of("method", method, ("em", "majority"))
     patterns, which, counts = np.unique(
-        _votes(votes, num_classes), axis=0, return_inverse=True, return_counts=True
+        _votes(votes, n_classes), axis=0, return_inverse=True, return_counts=True
     )
-    shape = (len(patterns), num_classes)
+    shape = (len(patterns), n_classes)
     row, rule = np.nonzero(patterns >= 0)
     told = sparse.csr_array(  # a row for each pattern and class, the rules that say so
-        (np.ones(len(row)), (row * num_classes + patterns[row, rule], rule)),
-        shape=(len(patterns) * num_classes, patterns.shape[1]),
+        (np.ones(len(row)), (row * n_classes + patterns[row, rule], rule)),
+        shape=(len(patterns) * n_classes, patterns.shape[1]),
     )
     tally = told.sum(1).reshape(shape)
     first = (tally == tally.max(1, keepdims=True)).astype(np.float64)
@@ -94,14 +94,14 @@ def aggregate_votes(
     if method == "em":
         voted = tally.sum(1) > 0
         weight = np.where(voted, counts, 0)[:, None]
-        n_votes = told.T @ np.repeat(weight, num_classes)
+        n_votes = told.T @ np.repeat(weight, n_classes)
         for _ in range(ROUNDS):
             right = told.T @ (weight * share).ravel()
             accuracy = (1 + right) / (2 + n_votes)
-            classes = (1 + (weight * share).sum(0)) / (num_classes + weight.sum())
-            odds = np.log(accuracy) + np.log(num_classes - 1) - np.log1p(-accuracy)
+            classes = (1 + (weight * share).sum(0)) / (n_classes + weight.sum())
+            odds = np.log(accuracy) + np.log(n_classes - 1) - np.log1p(-accuracy)
             share = softmax(np.log(classes) + (told @ odds).reshape(shape), axis=1)
-        share[~voted] = 1 / num_classes
+        share[~voted] = 1 / n_classes
     return share[which.reshape(-1)]
 
 
@@ -157,7 +157,7 @@ def _alike(votes: Any, confident: Any) -> tuple[Any, Any]:
     votes = _votes(votes)
     take = (votes >= 0).any(1)
     if confident is not None:
-        mask, _ = _array("confident", confident)
+        mask, _ = array("confident", confident)
         if mask.shape != take.shape or mask.dtype != np.bool_:
             raise ValueError(
                 f"confident must be bool of shape ({len(votes)},) for votes, got {mask.dtype} of shape {mask.shape}"
@@ -171,15 +171,15 @@ def _alike(votes: Any, confident: Any) -> tuple[Any, Any]:
     return members, _pairs(patterns, 2 if votes.max() <= 1 else int(votes.max()) + 1)
 
 
-def _pairs(patterns: ndarray, num_classes: int) -> sparse.csr_array:
+def _pairs(patterns: ndarray, n_classes: int) -> sparse.csr_array:
     """Return which different vectors have a cosine above 0.99, in whole numbers."""
     many = np.flatnonzero((patterns >= 0).sum(1) >= FEW)
     at, rule = np.nonzero(patterns[many] >= 0)
     vote = patterns[many][at, rule]
-    column = rule if num_classes == 2 else rule * num_classes + vote
-    value = 2 * vote - 1 if num_classes == 2 else np.ones_like(vote)
+    column = rule if n_classes == 2 else rule * n_classes + vote
+    value = 2 * vote - 1 if n_classes == 2 else np.ones_like(vote)
     vectors = sparse.csr_array(
-        (value, (at, column)), shape=(len(many), patterns.shape[1] * num_classes), dtype=np.int64
+        (value, (at, column)), shape=(len(many), patterns.shape[1] * n_classes), dtype=np.int64
     )
     squares = vectors.multiply(vectors).sum(1)
     found = [np.zeros((2, 0), dtype=np.int64)]
@@ -193,15 +193,15 @@ def _pairs(patterns: ndarray, num_classes: int) -> sparse.csr_array:
     return sparse.csr_array((np.ones(len(i)), (i, j)), shape=(len(patterns), len(patterns)))
 
 
-def _votes(votes: Any, num_classes: int | None = None) -> ndarray:
+def _votes(votes: Any, n_classes: int | None = None) -> ndarray:
     """Return votes as whole numbers from -1 on."""
-    array, _ = _array("votes", votes)
-    if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"votes must have shape (n, m), n and m at least 1, got {array.shape}")
-    if array.dtype.kind not in "iu" and not (array.dtype.kind == "f" and (array == np.rint(array)).all()):
-        raise ValueError(f"votes must be whole numbers, -1 where a rule abstains, got {array.dtype}")
-    low, high = array.min(), array.max()
-    if low < -1 or (num_classes is not None and high >= num_classes) or high >= 2**31:
-        rule = "of at least -1" if num_classes is None else f"in -1..{num_classes - 1}"
+    found, _ = array("votes", votes)
+    if found.ndim != 2 or 0 in found.shape:
+        raise ValueError(f"votes must have shape (n, m), n and m at least 1, got {found.shape}")
+    if found.dtype.kind not in "iu" and not (found.dtype.kind == "f" and (found == np.rint(found)).all()):
+        raise ValueError(f"votes must be whole numbers, -1 where a rule abstains, got {found.dtype}")
+    low, high = found.min(), found.max()
+    if low < -1 or (n_classes is not None and high >= n_classes) or high >= 2**31:
+        rule = "of at least -1" if n_classes is None else f"in -1..{n_classes - 1}"
         raise ValueError(f"votes must be {rule}, got {low if low < -1 else high}")
-    return array.astype(np.int64)
+    return found.astype(np.int64)

@@ -16,7 +16,6 @@ import warnings
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float64, Int, Shaped
 from numpy import ndarray
 from numpy.typing import ArrayLike
@@ -27,6 +26,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from posterity._checks import at_least, integer, one_of, within
+from posterity.labels._arrays import array, numbers
 
 __all__ = ["absorption_weights", "prior_confidence", "propagate", "smooth_prior"]
 
@@ -356,45 +356,16 @@ def _positive(matrix: Any, rhs: ndarray, direct: bool) -> ndarray:
     return found
 
 
-def _array(name: str, value: Any) -> tuple[ndarray, float]:
-    """Return an array, whatever holds it, and the rounding of its dtype."""
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided:
-            raise ValueError(f"{name} must be dense where it is a tensor, got layout {value.layout}")
-        value = value.detach().cpu()
-        floats = value.is_floating_point()
-        return (value.double() if floats else value).numpy(), torch.finfo(value.dtype).eps if floats else 0.0
-    try:
-        value = np.asarray(value)
-    except (TypeError, ValueError) as error:  # rows of different lengths
-        raise ValueError(f"{name} must be an array: {error}") from error
-    return value, float(np.finfo(value.dtype).eps) if value.dtype.kind == "f" else 0.0
-
-
-def _numbers(name: str, value: Any) -> tuple[ndarray, float]:
-    """Return finite real numbers in float64, and the rounding of their dtype."""
-    array, eps = _array(name, value)
-    if array.dtype.kind not in "fiubO":
-        raise ValueError(f"{name} must hold real numbers, got {array.dtype}")
-    try:
-        array = array.astype(np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} must hold real numbers: {error}") from error
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
-    return array, eps
-
-
 def _graph(adjacency: Any) -> Any:
     """Return W in float64 as a csr_matrix, its diagonal and its zeros left out."""
     graph: Any
     if sparse.issparse(adjacency):
         graph = adjacency.tocsr().copy()
         graph.sum_duplicates()
-        graph.data, eps = _numbers("adjacency", graph.data)
+        graph.data, eps = numbers("adjacency.data", graph.data)
         graph = sparse.csr_matrix(graph)
     else:
-        dense, eps = _numbers("adjacency", adjacency)
+        dense, eps = numbers("adjacency", adjacency)
         if dense.ndim != 2:
             raise ValueError(f"adjacency must have shape (n, n), got {dense.shape}")
         graph = sparse.csr_matrix(dense)
@@ -422,30 +393,30 @@ def _graph(adjacency: Any) -> Any:
 
 def _shares(name: str, value: Any, n: int) -> ndarray:
     """Return rows of probabilities, n of them, that sum to 1."""
-    array, eps = _numbers(name, value)
-    if array.ndim != 2 or len(array) != n or array.shape[1] < 2:
-        raise ValueError(f"{name} must have shape ({n}, c) for adjacency, c at least 2, got {array.shape}")
-    if array.min() < 0:
-        raise ValueError(f"{name} must not be negative, got {array.min():g}")
-    total = array.sum(1, keepdims=True)
+    shares, eps = numbers(name, value)
+    if shares.ndim != 2 or len(shares) != n or shares.shape[1] < 2:
+        raise ValueError(f"{name} must have shape ({n}, c) for adjacency, c at least 2, got {shares.shape}")
+    if shares.min() < 0:
+        raise ValueError(f"{name} must not be negative, got {shares.min():g}")
+    total = shares.sum(1, keepdims=True)
     off = np.abs(total[:, 0] - 1)
     if off.max() > max(SLACK, 4 * eps):
         raise ValueError(
             f"{name} must have rows that sum to 1, row {off.argmax()} has {total[off.argmax(), 0]:g}"
         )
-    return array / total
+    return shares / total
 
 
 def _indices(name: str, value: Any, n: int, things: str) -> ndarray:
-    array, _ = _array(name, value)
-    if array.ndim == 1 and len(array) == 0:
+    found, _ = array(name, value)
+    if found.ndim == 1 and len(found) == 0:
         return np.zeros(0, dtype=np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integers of shape (l,), got {array.dtype} of shape {array.shape}")
-    if array.min() < 0 or array.max() >= n:
-        worst = array.min() if array.min() < 0 else array.max()
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers of shape (l,), got {found.dtype} of shape {found.shape}")
+    if found.min() < 0 or found.max() >= n:
+        worst = found.min() if found.min() < 0 else found.max()
         raise ValueError(f"{name} must be in 0..{n - 1}, {things}, got {worst}")
-    return array.astype(np.int64)
+    return found.astype(np.int64)
 
 
 def _labeled(value: Any, n: int) -> ndarray:
@@ -459,7 +430,7 @@ def _labeled(value: Any, n: int) -> ndarray:
 
 
 def _kappa(confidence: Any, graph: Any, n_labels: int) -> ndarray:
-    kappa, _ = _numbers("confidence", confidence)
+    kappa, _ = numbers("confidence", confidence)
     n = graph.shape[0]
     if kappa.shape not in ((), (n,)):
         raise ValueError(f"confidence must be a number or have shape ({n},) for adjacency, got {kappa.shape}")

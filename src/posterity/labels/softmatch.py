@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer, one_of, within
 from posterity._precision import wide, widened
+from posterity._processes import n_processes
 
 __all__ = ["SoftMatchLoss", "SoftMatchWeighting", "UniformAlignment", "quantity_quality"]
 
@@ -51,7 +52,7 @@ class UniformAlignment(_Running):
 
     Parameters
     ----------
-    num_classes : int
+    n_classes : int
         Classes C, at least 2.
     momentum : float, default=0.999
         Share of a running mean that a batch leaves, in [0, 1).
@@ -95,19 +96,19 @@ class UniformAlignment(_Running):
     p_target: Tensor
 
     def __init__(
-        self, num_classes: int, *, momentum: float = 0.999,
+        self, n_classes: int, *, momentum: float = 0.999,
         target: Literal["uniform", "model"] | Float[Tensor, " classes"] = "uniform",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.num_classes = integer("num_classes", num_classes, 2)
+        self.n_classes = integer("n_classes", n_classes, 2)
         self.momentum = within("momentum", momentum, 0, 1, open_high=True)
         if isinstance(target, Tensor):
-            has_shape("target", floating("target", target), (num_classes,), "num_classes")
-            share = wide(_shares("target", target[None], num_classes)[0].detach().clone())
+            has_shape("target", floating("target", target), (n_classes,), "n_classes")
+            share = wide(_shares("target", target[None], n_classes)[0].detach().clone())
             self.target = "given"
         else:
             self.target = one_of("target", target, ("uniform", "model"))
-            share = torch.full((num_classes,), 1 / num_classes)
+            share = torch.full((n_classes,), 1 / n_classes)
         self.register_buffer("p_model", torch.zeros_like(share))
         self.register_buffer("p_target", share)
 
@@ -121,11 +122,11 @@ class UniformAlignment(_Running):
         ``probs_labeled`` are predictions on labelled examples: ``target="model"`` needs them in
         training mode, no other uses them.
         """
-        _shares("probs", probs, self.num_classes)
+        _shares("probs", probs, self.n_classes)
         if self.target != "model":
             probs_labeled = None
         elif probs_labeled is not None:
-            _shares("probs_labeled", probs_labeled, self.num_classes)
+            _shares("probs_labeled", probs_labeled, self.n_classes)
         elif self.training:
             raise ValueError('probs_labeled must be given for target="model", got None')
         return _constant(self._align, probs, probs_labeled)
@@ -147,7 +148,7 @@ class SoftMatchWeighting(_Running):
 
     Parameters
     ----------
-    num_classes : int
+    n_classes : int
         Classes C, at least 2.
     n_sigma : float, default=2.0
         How many times narrower than the confidences the tail is, positive. A large one is the
@@ -194,20 +195,20 @@ class SoftMatchWeighting(_Running):
     var: Tensor
 
     def __init__(
-        self, num_classes: int, *, n_sigma: float = 2.0, momentum: float = 0.999, per_class: bool = False
+        self, n_classes: int, *, n_sigma: float = 2.0, momentum: float = 0.999, per_class: bool = False
     ) -> None:
         super().__init__()
-        self.num_classes = integer("num_classes", num_classes, 2)
+        self.n_classes = integer("n_classes", n_classes, 2)
         self.n_sigma = at_least("n_sigma", n_sigma, 0, strict=True)
         self.momentum = within("momentum", momentum, 0, 1, open_high=True)
         self.per_class = per_class
-        size = (num_classes,) if per_class else ()
-        self.register_buffer("mu", torch.full(size, 1 / num_classes))
+        size = (n_classes,) if per_class else ()
+        self.register_buffer("mu", torch.full(size, 1 / n_classes))
         self.register_buffer("var", torch.ones(size))
 
     def forward(self, probs: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]:
         """Return weights in [0, 1], without a gradient, and in training mode update the Gaussian before."""
-        return _constant(self._weigh, _shares("probs", probs, self.num_classes))
+        return _constant(self._weigh, _shares("probs", probs, self.n_classes))
 
     def _weigh(self, probs: Tensor) -> Tensor:
         """Do what ``forward`` does, in the dtype that comes and without looking at values."""
@@ -226,10 +227,10 @@ class SoftMatchWeighting(_Running):
         return below.square_().mul_(steep).exp_()
 
     def _update(self, confidence: Tensor, label: Tensor | None) -> None:
-        if label is None and not _parallel():
+        if label is None and n_processes() == 1:
             var, mean = torch.var_mean(confidence) if len(confidence) > 1 else (self.var, confidence[0])
         else:
-            n, mean, var = _moments(confidence, label, self.num_classes)
+            n, mean, var = _moments(confidence, label, self.n_classes)
             few = (mean, self.var) if label is None else (0.0, 1.0)
             mean, var = torch.where(n > 1, mean, few[0]), torch.where(n > 1, var, few[1])
         _move(self.mu, mean, 1 - self.momentum)
@@ -241,7 +242,7 @@ class SoftMatchLoss(nn.Module):
 
     Parameters
     ----------
-    num_classes : int
+    n_classes : int
         Classes C, at least 2.
     lambda_u : float, default=1.0
         Weight of the unlabelled part, at least 0.
@@ -302,16 +303,16 @@ class SoftMatchLoss(nn.Module):
     unsupervised: Tensor
 
     def __init__(
-        self, num_classes: int, *, lambda_u: float = 1.0, n_sigma: float = 2.0, momentum: float = 0.999,
+        self, n_classes: int, *, lambda_u: float = 1.0, n_sigma: float = 2.0, momentum: float = 0.999,
         per_class: bool = False, align: Literal["uniform", "model"] | None = "uniform", hard_label: bool = True,
         temperature: float = 0.5, reduction: Literal["mean", "sum"] = "mean",
     ) -> None:  # fmt: skip
         super().__init__()
         one_of("align", align, ("uniform", "model", None))
-        of = {"num_classes": num_classes, "momentum": momentum}
+        of = {"n_classes": n_classes, "momentum": momentum}
         self.alignment = None if align is None else UniformAlignment(**of, target=align)
         self.weighting = SoftMatchWeighting(**of, n_sigma=n_sigma, per_class=per_class)
-        self.num_classes = num_classes
+        self.n_classes = n_classes
         self.lambda_u = at_least("lambda_u", lambda_u, 0)
         self.hard_label = hard_label
         self.temperature = at_least("temperature", temperature, 0, strict=True)
@@ -351,15 +352,15 @@ class SoftMatchLoss(nn.Module):
         """Return classes as 64-bit integers, once all that came fits."""
         given = {"logits_labeled": labeled, "logits_weak": weak, "logits_strong": strong}
         for name, logits in given.items():
-            _rows(name, logits, self.num_classes)
+            _rows(name, logits, self.n_classes)
         has_shape("logits_strong", strong, tuple(weak.shape), "logits_weak")
         y = _codes("y", y, len(labeled), "logits_labeled")
         if not _readable(y):
             return y
         low, high = y.aminmax()
-        if int(low) < 0 or int(high) >= self.num_classes:
+        if int(low) < 0 or int(high) >= self.n_classes:
             raise ValueError(
-                f"y must be in 0..{self.num_classes - 1}, got values from {int(low)} to {int(high)}"
+                f"y must be in 0..{self.n_classes - 1}, got values from {int(low)} to {int(high)}"
             )
         for name, logits in given.items():
             # a sum costs little; where it overflows, every value is asked
@@ -419,14 +420,14 @@ def _readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _rows(name: str, value: Tensor, num_classes: int) -> None:
-    if not len(has_shape(name, floating(name, value), (None, num_classes), "num_classes")):
+def _rows(name: str, value: Tensor, n_classes: int) -> None:
+    if not len(has_shape(name, floating(name, value), (None, n_classes), "n_classes")):
         raise ValueError(f"{name} must have at least one row, got none")
 
 
-def _shares(name: str, probs: Tensor, num_classes: int) -> Tensor:
+def _shares(name: str, probs: Tensor, n_classes: int) -> Tensor:
     """Return rows of probabilities."""
-    _rows(name, probs, num_classes)
+    _rows(name, probs, n_classes)
     if _readable(probs):
         x = wide(probs.detach())
         if not bool((x >= 0).all()):
@@ -448,10 +449,6 @@ def _codes(name: str, value: Tensor, n: int, source: str) -> Tensor:
     return has_shape(name, value, (n,), source).long()
 
 
-def _parallel() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
 @torch.no_grad()
 @widened
 def _constant(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
@@ -460,14 +457,14 @@ def _constant(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
 
 def _means(*batches: Tensor) -> list[Tensor]:
     """Return the mean row of each batch, over all processes."""
-    if not _parallel():
+    if n_processes() == 1:
         return [batch.mean(0) for batch in batches]
     sums = torch.stack([F.pad(batch.sum(0), (0, 1), value=len(batch)) for batch in batches])
     distributed.all_reduce(sums)
     return list(sums[:, :-1] / sums[:, -1:])
 
 
-def _moments(x: Tensor, label: Tensor | None, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(x: Tensor, label: Tensor | None, n_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return count, mean and unbiased variance of values, of each class if labels are given.
 
     They are those of all processes: sums and sums of squares are added up, in float64 where
@@ -478,8 +475,8 @@ def _moments(x: Tensor, label: Tensor | None, num_classes: int) -> tuple[Tensor,
     if label is None:
         sums = sums.sum(1)
     else:
-        sums = sums.new_zeros(3, num_classes).index_add_(1, label, sums)
-    if _parallel():
+        sums = sums.new_zeros(3, n_classes).index_add_(1, label, sums)
+    if n_processes() > 1:
         distributed.all_reduce(sums)
     n, total, squares = sums
     mean = total / n.clamp_min(1)

@@ -25,8 +25,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity._checks import integer
+from posterity._checks import integer, needs
 from posterity._precision import wide
+from posterity.labels._arrays import array, numbers
 
 try:
     import torchmetrics
@@ -104,7 +105,7 @@ class Susceptibility(Metric):
     ----------
     probe : Tensor of shape (n, ...)
         Unlabelled inputs, two or more: held-out ones, or those of training without their labels.
-    num_classes : int
+    n_classes : int
         At least 2.
     batch_size : int, default=128
         How many of them are drawn anew each time.
@@ -143,7 +144,7 @@ class Susceptibility(Metric):
     >>> from posterity.labels import Susceptibility
     >>> net = torch.nn.Linear(5, 3)
     >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    >>> metric = Susceptibility(torch.randn(40, 5), num_classes=3)
+    >>> metric = Susceptibility(torch.randn(40, 5), n_classes=3)
     >>> for epoch in range(2):
     ...     metric.update(net, optimizer)  # then train for an epoch
     >>> len(metric.history), bool(metric.compute() > 0)
@@ -161,26 +162,23 @@ class Susceptibility(Metric):
     def __init__(
         self,
         probe: Shaped[Tensor, "n ..."],
-        num_classes: int,
+        n_classes: int,
         *,
         batch_size: int = 128,
         generator: torch.Generator | None = None,
         loss_fn: Callable[..., Tensor] = F.cross_entropy,
     ) -> None:
-        if torchmetrics is None:
-            raise ModuleNotFoundError(
-                'torchmetrics is needed for Susceptibility: pip install "posterity[uncertainty]"'
-            )
+        needs("torchmetrics", "uncertainty")
         super().__init__()
         if not isinstance(probe, Tensor) or probe.ndim == 0 or len(probe) < 2:
             shape = tuple(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
             raise ValueError(f"probe must be a tensor of at least 2 inputs, got {shape}")
-        self.num_classes = integer("num_classes", num_classes, 2)
+        self.n_classes = integer("n_classes", n_classes, 2)
         self.batch_size = integer("batch_size", batch_size, 1)
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.loss_fn = loss_fn
         drawn = torch.randint(
-            num_classes, (len(probe),), generator=self.generator, device=self.generator.device
+            n_classes, (len(probe),), generator=self.generator, device=self.generator.device
         )
         self.register_buffer("probe", probe.detach(), persistent=False)
         self.register_buffer("labels", drawn.to(probe.device))
@@ -425,16 +423,10 @@ def _models(susceptibility: Any, train_accuracy: Any) -> tuple[ndarray, ndarray]
     given = {"susceptibility": susceptibility, "train_accuracy": train_accuracy}
     arrays = []
     for name, value in given.items():
-        if isinstance(value, Tensor):  # numpy has no bfloat16
-            value = value.detach().cpu()
-            value = value.double() if value.is_floating_point() else value
-        array = np.asarray(value)
-        if array.ndim != 1 or len(array) < 2 or array.dtype.kind not in "iuf":
-            raise ValueError(f"{name} must be numbers of at least 2 models, got {array.dtype} {array.shape}")
-        array = array.astype(np.float64)
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array)][0]}")
-        arrays.append(array)
+        found, _ = array(name, value)
+        if found.ndim != 1 or len(found) < 2 or found.dtype.kind not in "iuf":
+            raise ValueError(f"{name} must be numbers of at least 2 models, got {found.dtype} {found.shape}")
+        arrays.append(numbers(name, found)[0])
     if len(arrays[0]) != len(arrays[1]):
         raise ValueError(
             f"train_accuracy must have shape {arrays[0].shape} for susceptibility, got {arrays[1].shape}"

@@ -26,8 +26,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from posterity._checks import at_least, one_of, within
+from posterity.labels._arrays import numbers
 from posterity.labels.label_votes import _alike, _votes, aggregate_votes
-from posterity.labels.propagation import _numbers, prior_confidence, propagate, smooth_prior
+from posterity.labels.propagation import prior_confidence, propagate, smooth_prior
 
 __all__ = ["WeakLabelPropagation", "distance_graph"]
 
@@ -83,7 +84,7 @@ def distance_graph(
            [1., 0., 0.],
            [0., 0., 0.]])
     """
-    X, _ = _numbers("X", X)
+    X, _ = numbers("X", X)
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X must have shape (n, d), n and d at least 1, got {X.shape}")
     within("avg_degree", avg_degree, 0, len(X), open_low=True)

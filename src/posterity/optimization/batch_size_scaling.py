@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
 from posterity._checks import at_least, integer, one_of, within
+from posterity._models import by_sample
 from posterity._random import draw_device
 from posterity.optimization.flat_network import Batch, _exactly, _Flat
 from posterity.optimization.hessian_spectra import Generator, extreme_eigenvalues, hessian_matvec
@@ -147,10 +148,7 @@ def _spread(flat: _Flat, data: list[Tensor], directions: Tensor) -> tuple[Tensor
     n = 0
     mean, spread, along = torch.zeros_like(directions), directions.new_zeros(()), directions.new_zeros(())
     for chunk in zip(*(x.split(max(1, _AT_ONCE // directions.numel())) for x in data), strict=True):
-        try:
-            images = vmap(one)(*chunk)  # (samples, directions, P)
-        except RuntimeError:  # a module that vmap cannot take through its inputs
-            images = torch.stack([one(*sample) for sample in zip(*chunk, strict=True)])
+        images = by_sample(one, *chunk)  # (samples, directions, P)
         size = len(images)
         shift = images.mean(0) - mean  # variances of chunks, joined: no difference of large numbers
         inner = images - images.mean(0)

@@ -79,7 +79,7 @@ def population_search(
     stop_accuracy: float | None = 1.0,
     normalize: bool = True,
     unit: float = 1.0,
-    loss: Callable | None = None,
+    loss_fn: Callable | None = None,
     generator: torch.Generator | None = None,
 ) -> SearchResult:
     """Improve a classifier by the best of many moves at a time, without gradients.
@@ -113,8 +113,8 @@ def population_search(
         Divide logits by `weight_norm_product` before the loss.
     unit : float, default=1.0
         Of the norms, positive.
-    loss : callable, optional
-        ``loss(logits, y)``, a scalar, of logits (n, classes); any function, called for each move. By
+    loss_fn : callable, optional
+        ``loss_fn(logits, y)``, a scalar, of logits (n, classes); any function, called for each move. By
         default the mean cross-entropy, of all moves at once.
     generator : torch.Generator, optional
         Draws the moves; by default torch's global one.
@@ -155,14 +155,14 @@ def population_search(
     at_least("min_radius", min_radius, 0)
     if stop_accuracy is not None:
         within("stop_accuracy", stop_accuracy, 0.0, 1.0)
-    if loss is not None and not callable(loss):
-        raise ValueError(f"loss must be a function of logits and y, got {type(loss).__name__}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ValueError(f"loss_fn must be a function of logits and y, got {type(loss_fn).__name__}")
     with _task(model, x, y, normalize, unit) as net:
-        judge = _Judge(net, x, y, unit if normalize else None, loss)
+        judge = _Judge(net, x, y, unit if normalize else None, loss_fn)
         here = {name: p.clone() for name, p in net.params.items()}
         best, accuracy = judge.one(here)
         if best != best:
-            raise ValueError("loss must be a number at the start, got NaN")
+            raise ValueError("loss_fn must be a number at the start, got NaN")
         draw = _patterns(judge, generator) if method == "pattern" else _noises(judge, patience, generator)
         history: list[float] = []
         n_evals = 0
@@ -189,15 +189,15 @@ class _Judge:
     """Gives the losses of a population."""
 
     def __init__(
-        self, net: _Population, x: Tensor, y: Tensor, unit: float | None, loss: Callable | None
+        self, net: _Population, x: Tensor, y: Tensor, unit: float | None, loss_fn: Callable | None
     ) -> None:
-        self.net, self.x, self.y, self.unit, self.loss = net, x, y, unit, loss
+        self.net, self.x, self.y, self.unit, self.loss_fn = net, x, y, unit, loss_fn
 
     def of_logits(self, logits: Tensor) -> Tensor:
         """Return the loss of each of logits, (population, n, classes)."""
-        if self.loss is None:
+        if self.loss_fn is None:
             return _cross_entropy(logits, self.y).double()
-        losses = [_scalar("loss", self.loss(each, self.y)) for each in logits]
+        losses = [_scalar("loss_fn", self.loss_fn(each, self.y)) for each in logits]
         return torch.tensor(losses, dtype=torch.float64, device=logits.device)
 
     def __call__(self, params: Params) -> Tensor:

@@ -206,9 +206,11 @@ def grid_shortest_path(connectivity: Literal[4, 8] = 8) -> Solver:
              [0., 1., 1.]]])
     """
     one_of("connectivity", connectivity, (4, 8))
-    solve = partial(_shortest_paths, connectivity)
     return _Solver(
-        solve, partial(has_shape, "costs", shape=(None,) * 3), invariant_to_shift=False, positive=True
+        partial(_paths, connectivity),
+        partial(has_shape, "costs", shape=(None,) * 3),
+        invariant_to_shift=False,
+        positive=True,
     )
 
 

@@ -17,8 +17,9 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from posterity._checks import at_least, integer
+from posterity._checks import at_least, integer, scalar
 from posterity._precision import wide
+from posterity._random import seeded
 from posterity.optimization.adaptive_width import (
     Parametrization,
     _apply,
@@ -134,8 +135,7 @@ def coordinate_check(
         raise ValueError(f"widths must be at least two, rising, got {widths}")
     if not seeds:
         raise ValueError("seeds must be at least one, got none")
-    for seed in seeds:
-        integer("seeds", seed)
+    seeds = [integer("seeds", seed) for seed in seeds]
     at_least("lr", lr, 0, strict=True)
     integer("n_steps", n_steps, 1)
     exponents(parametrization)
@@ -165,8 +165,7 @@ def coordinate_check(
         if not isinstance(base, nn.Module) or not _layers(base):
             raise ValueError(f"make_model must return a model with a Linear, Conv or embedding, got {base}")
         for j, width in enumerate(widths):
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(seed)
+            with seeded(seed, x.device):
                 model = make_model(width).to(x.device)
                 _apply(
                     model, _tensors(model, base), exponents(parametrization, family), parametrization, family, True
@@ -210,9 +209,7 @@ def _changes(
     changes: dict[str, list[float]] = {}
     for step in range(n_steps + 1):
         seen.clear()
-        loss = loss_fn(model(x), y)
-        if not isinstance(loss, Tensor) or loss.ndim:
-            raise ValueError(f"loss_fn must return a scalar, got {loss}")
+        loss = scalar("loss_fn", loss_fn(model(x), y))
         if not bool(torch.isfinite(loss)):
             raise ValueError(
                 f"loss_fn must stay finite, got {loss.detach()} after {step} steps: lower lr {steps.param_groups[0]['lr']}"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, class_indices, floating, has_shape, integer, one_of
-from posterity._precision import widened
+from posterity._precision import unit_rows, widened
 from posterity._random import draw_device
 
 __all__ = [
@@ -151,14 +151,14 @@ def _logits(
     features: Tensor, embedding: Tensor, n_patches: int, temperature: float, normalize: bool
 ) -> Tensor:
     if normalize:
-        features = F.normalize(features, dim=1)
+        features = unit_rows(features, 1)
     if features.ndim == 2:
         mean = features.unflatten(1, (n_patches, -1)).mean(1)
     else:
         mean = features.flatten(2).mean(2)
     words = pool_labels(embedding, mean.shape[1])
     if normalize:
-        words = F.normalize(words, dim=1)
+        words = unit_rows(words)
     return mean @ words.to(mean.dtype).T / temperature
 
 
@@ -387,7 +387,7 @@ class SupervisedContrastiveLoss(nn.Module):
 
 @widened
 def _supervised_contrast(features: Tensor, target: Tensor, temperature: float) -> Tensor:
-    h = F.normalize(features if features.ndim == 2 else features.flatten(2).mean(2), dim=1)
+    h = unit_rows(features if features.ndim == 2 else features.flatten(2).mean(2))
     itself = torch.eye(len(h), dtype=torch.bool, device=h.device)
     logits = (h @ h.T / temperature).masked_fill(itself, -torch.inf)
     log_share = logits.log_softmax(1).masked_fill(itself, 0.0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from posterity._checks import floating
+from posterity._checks import floating, scalar
 from posterity._precision import NARROW, wide
 
 __all__: list[str] = []
@@ -70,10 +70,7 @@ class _Whole(nn.Module):
 
 
 def _scalar(name: str, loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.ndim:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"{name} must return a scalar tensor, got {got}")
-    return floating(f"the value of {name}", loss)
+    return floating(f"the value of {name}", scalar(name, loss))
 
 
 def _refuse_noise(model: nn.Module) -> None:

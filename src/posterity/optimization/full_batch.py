@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from posterity._checks import at_least, finite, floating, has_shape, integer, within
+from posterity._checks import at_least, finite, floating, has_shape, integer, scalar, within
 from posterity._precision import wide
+from posterity._random import seeded
 
 __all__ = ["OptimizerCurve", "compare_optimizers", "full_batch_closure", "gradient_noise", "tail_index"]
 
@@ -118,10 +119,7 @@ def _each(model: nn.Module, loss_fn: Loss, batches: Batches, params: list[nn.Par
     """Yield size, loss and gradients of each batch."""
     for batch in batches:
         with torch.enable_grad():
-            loss = loss_fn(model, *batch)
-            if not isinstance(loss, Tensor) or loss.ndim:
-                got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise ValueError(f"loss_fn must return a scalar, got {got}")
+            loss = scalar("loss_fn", loss_fn(model, *batch))
             yield len(batch[0]), loss.detach(), torch.autograd.grad(loss, params, allow_unused=True)
 
 
@@ -284,14 +282,14 @@ def compare_optimizers(
     batch_size: int | None = None,
     micro_batch: int | None = None,
     n_steps: int,
-    seed: int = 0,
+    random_state: int = 0,
 ) -> dict[str, OptimizerCurve]:
     """Train a network with each optimiser at each of its learning rates, all else the same.
 
     Parameters
     ----------
     make_model : callable
-        ``make_model()`` returns a new network; it is called under ``seed`` each time.
+        ``make_model()`` returns a new network; it is called under ``random_state`` each time.
     loss_fn : callable
         ``loss_fn(model, *batch)`` is the mean loss of a batch, a scalar.
     data : tuple of Tensor
@@ -304,7 +302,7 @@ def compare_optimizers(
         How many samples are evaluated at once: gradients are added up over a batch. All by default.
     n_steps : int
         At least 1.
-    seed : int, default=0
+    random_state : int, default=0
         Decides weights, batches and dropout; torch's global state is left as it was.
 
     Returns
@@ -349,7 +347,14 @@ def compare_optimizers(
     for name, (make, rates) in optimizers.items():
         runs = {
             lr: _train(
-                make_model, loss_fn, data, partial(make, lr=lr), batch_size, micro_batch, n_steps, seed
+                make_model,
+                loss_fn,
+                data,
+                partial(make, lr=lr),
+                batch_size,
+                micro_batch,
+                n_steps,
+                random_state,
             )
             for lr in rates
         }
@@ -364,8 +369,7 @@ def _train(
     batch_size: int, micro_batch: int, n_steps: int, seed: int,
 ) -> list[float]:  # fmt: skip
     """Return the losses of a run; the last is infinite if one of them was not finite."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+    with seeded(seed, data[0].device):
         model = make_model().to(data[0].device)
         optimizer = make(model.parameters())
         order = _orders(len(data[0]), batch_size, seed)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from posterity._checks import at_least, integer, within
+from posterity._models import evaluating
 from posterity.optimization.flat_network import Batch
 from posterity.optimization.hessian_spectra import _probe, _ritz, hessian_matvec
 
@@ -178,13 +179,8 @@ class LanczosLearner(LRScheduler):
     def _measure(self, batch: Batch) -> tuple[float, float]:
         """Return the largest Ritz value, and the smallest positive one that is no stray; 0 if there is none."""
         model, loss_fn, generator = self._theirs
-        modes = [(part, part.training) for part in model.modules()]
-        model.eval()
-        try:
+        with evaluating(model):
             matvec = hessian_matvec(model, loss_fn, batch)
-        finally:
-            for part, mode in modes:
-                part.training = mode
         free = [p for p in model.parameters() if p.requires_grad]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in free) else torch.float32
         size = sum(p.numel() for p in free)

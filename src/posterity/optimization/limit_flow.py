@@ -110,7 +110,7 @@ def limit_flow(
     at_least("time", time, 0.0)
     integer("n_steps", n_steps, 1)
     at_least("tol", tol, 0.0, strict=True)
-    x, _ = _point(loss_fn, params)
+    loss_fn, x, _ = _point(loss_fn, params)
     x, spectrum = _to_manifold(loss_fn, x, tol)
     path, values = [x], []
     for step in range(n_steps + 1):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn import functional as F
 
-from posterity._checks import finite, floating, has_shape, integer, one_of
+from posterity._checks import finite, floating, has_shape, integer, one_of, scalar
 from posterity._precision import wide
 from posterity._random import draw_device
 
@@ -246,10 +246,7 @@ def _options(n_samples: int, distribution: str) -> None:
 
 
 def _scalar(loss_fn: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor]) -> Tensor:
-    value = loss_fn(params)
-    if not isinstance(value, Tensor) or value.shape != () or not value.is_floating_point():
-        raise ValueError(f"loss_fn must return a floating-point scalar, got {_shown(value)}")
-    return value
+    return floating("what loss_fn returns", scalar("loss_fn", loss_fn(params)))
 
 
 def _own(loss_fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from posterity._checks import at_least, finite, floating, has_shape, integer, one_of
+from posterity._checks import at_least, finite, floating, has_shape, integer, one_of, scalar
 from posterity._precision import widened
 from posterity._random import draw_device
 from posterity.optimization._krylov import ritz, tridiagonal
@@ -103,7 +103,7 @@ def sharpness(
     integer("n_samples", n_samples, 2)
     integer("n_starts", n_starts, 1)
     integer("n_steps", n_steps, 1)
-    x, here = _point(loss_fn, params)
+    loss_fn, x, here = _point(loss_fn, params)
     if kind == "ascent":
         there = loss_fn(x + rho * _direction(torch.func.grad(loss_fn)(x), 0.0))
         return (there - here).detach()
@@ -177,7 +177,7 @@ def limiting_sharpness(
     one_of("method", method, ("exact", "lanczos"))
     at_least("tol", tol, 0.0)
     integer("n_probes", n_probes, 1)
-    x, _ = _point(loss_fn, params)
+    loss_fn, x, _ = _point(loss_fn, params)
     if method == "exact":
         hessian = _hessian(loss_fn, x)
         if kind == "average":
@@ -250,7 +250,7 @@ def top_eigenpair(
     """
     one_of("method", method, ("exact", "lanczos"))
     integer("n_iter", n_iter, 1)
-    x, _ = _point(loss_fn, params)
+    loss_fn, x, _ = _point(loss_fn, params)
     if method == "exact":
         values, vectors = torch.linalg.eigh(_hessian(loss_fn, x))
         value, vector = values[-1], vectors[:, -1]
@@ -296,7 +296,7 @@ def alignment(loss_fn: Loss, params: Float[Tensor, " d"]) -> Float[Tensor, ""]:
     >>> alignment(lambda x: x[0] ** 2 / 2 + x[1] ** 2, torch.tensor([3.0, 2.0]))  # gradient (3, 4), top (0, 1)
     tensor(0.8000)
     """
-    x, _ = _point(loss_fn, params)
+    loss_fn, x, _ = _point(loss_fn, params)
     unit = _direction(torch.func.grad(loss_fn)(x), 0.0)
     if not bool((unit != 0).any()):
         raise ValueError("params must be where the gradient is not zero, it has no direction")
@@ -307,20 +307,20 @@ def alignment(loss_fn: Loss, params: Float[Tensor, " d"]) -> Float[Tensor, ""]:
 # --- the point, its Hessian and directions ---
 
 
-def _point(loss_fn: Any, params: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the parameters as autograd may keep them, and the loss there."""
+def _point(function: Any, params: Tensor) -> tuple[Loss, Tensor, Tensor]:
+    """Return a loss whose values are checked, the parameters as autograd may keep them, and the loss there."""
+
+    def loss_fn(x: Tensor) -> Tensor:
+        return floating("what loss_fn returns", scalar("loss_fn", function(x)))
+
     x = _plain(has_shape("params", floating("params", params), (None,)))
     if not len(x):
         raise ValueError("params must hold at least one number, got none")
-    here = loss_fn(finite("params", x))
-    if not isinstance(here, Tensor) or here.ndim or not here.is_floating_point():
-        got = f"shape {tuple(here.shape)}" if isinstance(here, Tensor) else type(here).__name__
-        raise ValueError(f"loss_fn must return a floating-point scalar, got {got}")
-    here = here.detach()
+    here = loss_fn(finite("params", x)).detach()
     gradient = torch.func.grad(loss_fn)(x)
     if not (bool(here.isfinite()) and bool(gradient.isfinite().all())):
         raise ValueError(f"loss_fn and its gradient must be finite at params, got a loss of {float(here):g}")
-    return x, here
+    return loss_fn, x, here
 
 
 def _product(loss_fn: Loss, x: Tensor) -> Callable[[Tensor], Tensor]:

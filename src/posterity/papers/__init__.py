@@ -59,6 +59,8 @@ class Paper:
         The extra to install, empty if none.
     departures : tuple of str
         Each departure from the paper, and each slip of official code not copied.
+    own_data : str
+        Where no claim takes ``--data``: what takes a user's files instead, or why nothing does.
     url : str
         Where to read the paper.
     since : str
@@ -85,6 +87,7 @@ class Paper:
     gpu: str = ""
     extra: str = ""
     departures: tuple[str, ...] = ()
+    own_data: str = ""
     url: str = ""
     since: str = ""
     module: str = ""

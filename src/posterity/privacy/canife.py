@@ -25,7 +25,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity._checks import at_least, finite, floating, has_shape, integer
+from posterity._checks import at_least, finite, floating, has_shape, integer, interval
 from posterity._precision import wide, widened
 from posterity._random import draw_device
 from posterity.privacy.client_updates import Loss, frozen, like, plain_kernels, sample_loss
@@ -73,13 +73,13 @@ def craft_canary(
     x: Float[Tensor, "1 ..."],
     y: Shaped[Tensor, "1 ..."],
     *,
-    loss: Loss = F.cross_entropy,
+    loss_fn: Loss = F.cross_entropy,
     clip: float = 1.0,
     norm_floor: float | None = None,
     n_steps: int = 2000,
     lr: float = 1.0,
     batch_size: int | None = None,
-    clamp: tuple[float, float] | None = None,
+    bounds: tuple[float, float] | None = None,
     generator: torch.Generator | None = None,
 ) -> Canary:
     """Return a row whose gradient is orthogonal to what clients send, by Adam on equation 1.
@@ -95,8 +95,8 @@ def craft_canary(
         Where to begin: random numbers in [0, 1], or a row.
     y : Tensor of shape (1, ...)
         Its target, which stays: a random class, as a rule.
-    loss : callable, default=cross_entropy
-        ``loss(model(x), y) -> scalar``, as for `client_updates`.
+    loss_fn : callable, default=cross_entropy
+        ``loss_fn(model(x), y) -> scalar``, as for `client_updates`.
     clip : float, default=1.0
         Norm to which updates are clipped, positive.
     norm_floor : float, optional
@@ -108,7 +108,7 @@ def craft_canary(
         Rate of Adam, positive. 0.05 to 1 for numbers in [0, 1].
     batch_size : int, optional
         How many of ``design_updates`` to draw for each step; by default all.
-    clamp : tuple of float, optional
+    bounds : tuple of float, optional
         Least and largest number that x may have.
     generator : torch.Generator, optional
         For the draws of ``batch_size``; torch's own where it is None.
@@ -155,19 +155,17 @@ def craft_canary(
         raise ValueError(f"x must be one row (1, ...) of finite floating-point numbers, got {_what(x)}")
     if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != 1:
         raise ValueError(f"y must be the target of one row (1, ...), got {_what(y)}")
-    if clamp is not None:
-        low, high = clamp
-        if not low < high:
-            raise ValueError(f"clamp must be a lower and a higher number, got {clamp}")
+    if bounds is not None:
+        interval("bounds", bounds)
     start, y = like(x, first), like(y, first)
     leaf = start.clone().requires_grad_()
 
     def gradient(at: Tensor, create_graph: bool = False) -> Tensor:
-        return _gradient(twin, sample_loss(lambda: twin(at), loss, y), create_graph)
+        return _gradient(twin, sample_loss(lambda: twin(at), loss_fn, y), create_graph)
 
     def project() -> None:
-        if clamp is not None:
-            leaf.clamp_(*clamp)
+        if bounds is not None:
+            leaf.clamp_(*bounds)
 
     with plain_kernels(twin):
         losses = _descend(
@@ -187,7 +185,7 @@ def craft_text_canary(
     y: Shaped[Tensor, "1 ..."],
     *,
     embedding: str,
-    loss: Loss = F.cross_entropy,
+    loss_fn: Loss = F.cross_entropy,
     clip: float = 1.0,
     norm_floor: float | None = None,
     n_steps: int = 2000,
@@ -215,7 +213,7 @@ def craft_text_canary(
         Target of the sequence.
     embedding : str
         Name of the ``nn.Embedding`` that takes the ids, as in ``model.named_modules()``.
-    loss, clip, norm_floor, n_steps
+    loss_fn, clip, norm_floor, n_steps
         As for `craft_canary`.
     lr : float, default=0.1
         Rate of Adam on the logits, positive.
@@ -276,7 +274,7 @@ def craft_text_canary(
         return (logits + noise()).argmax(-1)
 
     def gradient(ids: Tensor, create_graph: bool = False) -> Tensor:
-        return _gradient(twin, sample_loss(lambda: twin(ids), loss, y), create_graph)
+        return _gradient(twin, sample_loss(lambda: twin(ids), loss_fn, y), create_graph)
 
     def soft_gradient() -> Tensor:
         mixed, used = ((leaf + noise()) / temperature).softmax(-1), []
@@ -379,7 +377,7 @@ def _gradient(model: nn.Module, value: Tensor, create_graph: bool) -> Tensor:
     """Return the gradient of a loss as a vector."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not value.requires_grad:
-        raise ValueError("model must have a gradient of loss, has none")
+        raise ValueError("model must have a gradient of the loss, has none")
     found = torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True)
     parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
     return torch.cat([part.reshape(-1) for part in parts])

@@ -21,7 +21,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from posterity._checks import at_least, integer
+from posterity._checks import at_least, floating, integer, scalar
 from posterity._precision import wide
 
 __all__ = ["client_updates"]
@@ -36,7 +36,7 @@ def client_updates(
     model: nn.Module,
     clients: Sequence[Rows],
     *,
-    loss: Loss = F.cross_entropy,
+    loss_fn: Loss = F.cross_entropy,
     lr: float = 1.0,
     local_steps: int = 1,
     clip: float = 1.0,
@@ -50,8 +50,8 @@ def client_updates(
         normalisation by its running statistics.
     clients : sequence of tuple of Tensor
         Inputs and targets of each, at least one row.
-    loss : callable, default=cross_entropy
-        ``loss(model(x), y) -> scalar``, the mean over a client's rows.
+    loss_fn : callable, default=cross_entropy
+        ``loss_fn(model(x), y) -> scalar``, the mean over a client's rows.
     lr : float, default=1.0
         Rate of the local steps, positive.
     local_steps : int, default=1
@@ -83,7 +83,7 @@ def client_updates(
     >>> net.weight.data.fill_(0.0)
     tensor([[0.]])
     >>> clients = [(torch.ones(2, 1), torch.full((2, 1), y)) for y in (0.1, 30.0)]
-    >>> client_updates(net, clients, loss=torch.nn.functional.mse_loss)  # the second is clipped
+    >>> client_updates(net, clients, loss_fn=torch.nn.functional.mse_loss)  # the second is clipped
     tensor([[-0.2000],
             [-1.0000]])
     """
@@ -101,7 +101,7 @@ def client_updates(
         way: dict[str, Tensor] = {}
         for _ in range(local_steps):
             at = {name: p - lr * way[name] for name, p in parameters.items()} if way else parameters
-            slope = grad(lambda p: sample_loss(lambda: functional_call(twin, p, (x,)), loss, y))(at)
+            slope = grad(lambda p: sample_loss(lambda: functional_call(twin, p, (x,)), loss_fn, y))(at)
             way = {name: way[name] + each for name, each in slope.items()} if way else slope
         return torch.cat([part.reshape(-1) for part in way.values()])
 
@@ -128,6 +128,8 @@ def _sums(moved: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Te
     if len(x) > 1:
         try:
             return vmap(moved, chunk_size=AT_ONCE if len(x) > AT_ONCE else None)(x, y).detach()
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError):  # a model that cannot be vectorised, or rows that do not fit it
             pass
     return torch.stack([moved(*client).detach() for client in zip(x, y, strict=True)])
@@ -139,16 +141,16 @@ def _inverse(groups: list[list[int]]) -> list[int]:
     return [places[k] for k in range(len(places))]
 
 
-def sample_loss(output: Callable[[], Any], loss: Loss, y: Tensor) -> Tensor:
+def sample_loss(output: Callable[[], Any], loss_fn: Loss, y: Tensor) -> Tensor:
     """Return the loss of a model's output, a scalar, or say what does not fit."""
     try:
         out = output()
-        value = loss(wide(out) if isinstance(out, Tensor) else out, y)
+        value = loss_fn(wide(out) if isinstance(out, Tensor) else out, y)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, IndexError, TypeError, AssertionError) as error:
-        raise ValueError(f"model and loss must take x and y as loss(model(x), y): {error}") from error
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-        raise ValueError(f"loss must return a scalar, got {getattr(value, 'shape', type(value).__name__)}")
-    return value.sum()
+        raise ValueError(f"model and loss_fn must take x and y as loss_fn(model(x), y): {error}") from error
+    return floating("what loss_fn returns", scalar("loss_fn", value))
 
 
 def frozen(model: nn.Module) -> nn.Module:

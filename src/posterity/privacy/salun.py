@@ -15,8 +15,8 @@ of the forgotten rows: `unlearning_report` measures it, best beside a network th
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, default_collate
 
-from posterity._checks import at_least, floating, integer, one_of, within
+from posterity._checks import at_least, class_indices, floating, integer, one_of, scalar, within
 from posterity._precision import wide
+from posterity._random import draw_device, seed_from, seeded
 from posterity.privacy.masked_optimizer import Mask, MaskedOptimizer
 
 __all__ = ["concept_unlearning_loss", "saliency_mask", "salun"]
@@ -43,7 +44,7 @@ def saliency_mask(
     forget: Batch | Dataset | Iterable[Batch],
     *,
     keep: float = 0.5,
-    loss: Callable[..., Tensor] = F.cross_entropy,
+    loss_fn: Callable[..., Tensor] = F.cross_entropy,
 ) -> dict[str, Bool[Tensor, "..."]]:
     """Return which weights may move: those with the largest gradient on what shall be forgotten, equation 1.
 
@@ -55,8 +56,8 @@ def saliency_mask(
         Inputs and targets of the rows; a dataset of such rows; or batches of them.
     keep : float, default=0.5
         Share of the weights that may move, in (0, 1].
-    loss : callable, default=cross_entropy
-        ``loss(model(x), y) -> scalar``, the mean over a batch; outputs in 16 bits are widened for it.
+    loss_fn : callable, default=cross_entropy
+        ``loss_fn(model(x), y) -> scalar``, the mean over a batch; outputs in 16 bits are widened for it.
 
     Returns
     -------
@@ -104,15 +105,11 @@ def saliency_mask(
     for batch in batches:
         x, y = _pair("forget", batch, model)
         out = _outputs(model, x)
-        if loss is F.cross_entropy and not y.is_floating_point():
-            y = _classes("forget", y, _rows_of_scores(out, x).shape[1])
-        value = loss(out, y)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise ValueError(
-                f"loss must return a scalar tensor, got {getattr(value, 'shape', type(value).__name__)}"
-            )
+        if loss_fn is F.cross_entropy and not y.is_floating_point():
+            y = _classes("forget", y, _rows_of_scores(out).shape[1])
+        value = scalar("loss_fn", loss_fn(out, y))
         if named and value.requires_grad:
-            parts = torch.autograd.grad(value.sum(), list(named.values()), allow_unused=True)
+            parts = torch.autograd.grad(value, list(named.values()), allow_unused=True)
             reached = reached or any(part is not None for part in parts)
             for sum_, part in zip(total, parts, strict=True):
                 if part is not None:
@@ -121,7 +118,7 @@ def saliency_mask(
     if not count:
         raise ValueError("forget must have at least one row, got none")
     if not reached:
-        raise ValueError("model must have a parameter with a gradient of loss, has none")
+        raise ValueError("model must have a parameter with a gradient of the loss, has none")
     for name, sum_ in zip(named, total, strict=True):
         if not bool(sum_.isfinite().all()):
             raise ValueError(f"the gradient of model must be finite, that of {name} is not")
@@ -233,7 +230,7 @@ def salun(
     twin = _widened(model).train()
     trained = [p for p in twin.parameters() if p.requires_grad]
     if not trained:
-        raise ValueError("model must have a parameter with a gradient of loss, has none")
+        raise ValueError("model must have a parameter with a gradient of the loss, has none")
     optimizer = MaskedOptimizer(
         torch.optim.SGD(trained, lr=lr, momentum=momentum, weight_decay=weight_decay),
         twin.named_parameters(), mask,
@@ -250,7 +247,7 @@ def salun(
                 x.append(inputs)
                 y.append(labels[here].to(target) if part is gone else target)
                 weight += [share] * len(here)
-        out = _rows_of_scores(_outputs(twin, torch.cat(x)), x[0], n_classes)
+        out = _rows_of_scores(_outputs(twin, torch.cat(x)), n_classes)
         losses = F.cross_entropy(out, torch.cat(y), reduction="none")
         total = (losses * torch.tensor(weight, dtype=losses.dtype, device=losses.device)).mean()
         optimizer.zero_grad()
@@ -258,7 +255,8 @@ def salun(
         optimizer.step()
         return total.detach()
 
-    with _random_state(generator, trained[0].device):
+    drawn = nullcontext() if generator is None else seeded(seed_from(generator), trained[0].device)
+    with drawn:  # what a model draws itself, as dropout does, follows the generator
         for epoch in range(epochs):
             labels = _draw(torch.randint, n_classes, (len(gone),), generator=generator)
             if order == "mixed":
@@ -388,11 +386,7 @@ def _pair(name: str, batch: Any, model: nn.Module | None = None) -> tuple[Tensor
 
 def _classes(name: str, y: Tensor, n_classes: int) -> Tensor:
     """Return labels as int64 if they are of these classes."""
-    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"labels of {name} must be class indices (n,), got {y.dtype} {tuple(y.shape)}")
-    if len(y) and not bool(((y >= 0) & (y < n_classes)).all()):
-        low, high = y.aminmax()
-        raise ValueError(f"labels of {name} must be in 0..{n_classes - 1}, got values from {low} to {high}")
+    class_indices(f"labels of {name}", y.cpu(), len(y), n_classes)  # there values are read
     return y.long()
 
 
@@ -402,7 +396,7 @@ def _outputs(model: nn.Module, x: Tensor) -> Any:
     return wide(out) if isinstance(out, Tensor) and out.is_floating_point() else out
 
 
-def _rows_of_scores(out: Any, x: Tensor, n_classes: int | None = None) -> Tensor:
+def _rows_of_scores(out: Any, n_classes: int | None = None) -> Tensor:
     """Return outputs that are scores of classes."""
     wanted = "classes" if n_classes is None else n_classes
     if not isinstance(out, Tensor) or out.ndim != 2 or n_classes not in (None, out.shape[1]):
@@ -447,8 +441,7 @@ def _like(model: nn.Module, twin: nn.Module) -> nn.Module:
 
 def _draw(how: Callable[..., Tensor], *args: Any, generator: torch.Generator | None) -> Tensor:
     """Return integers on the CPU, drawn on the device of the generator."""
-    device = "cpu" if generator is None else generator.device
-    return how(*args, generator=generator, device=device).cpu()
+    return how(*args, generator=generator, device=draw_device(generator)).cpu()
 
 
 def _split(rows: Tensor, size: int) -> list[Tensor]:
@@ -457,15 +450,3 @@ def _split(rows: Tensor, size: int) -> list[Tensor]:
     if len(parts) > 1 and len(parts[-1]) == 1 and size > 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
-
-
-@contextmanager
-def _random_state(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """Let what a model draws itself, as dropout does, follow the generator, and put torch's state back."""
-    if generator is None:
-        yield
-        return
-    devices = [device] if device.type not in ("cpu", "meta") else []
-    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
-        torch.manual_seed(int(_draw(torch.randint, 2**31, (1,), generator=generator)))
-        yield

@@ -48,7 +48,7 @@ class TukeyEMRegressor(RegressorMixin, BaseEstimator):
     """Linear regression whose coefficients are (epsilon, delta)-differentially private.
 
     Coefficients, intercept and ``passed_`` may be published together, and everything computed
-    from them. With ``neighbours="replace"``, and rows and models counted in public, they are
+    from them. With ``neighbors="replace"``, and rows and models counted in public, they are
     (epsilon, delta)-differentially private where one row is replaced by any other (all rows of a
     person, if they lie in one batch, which a random cut does not see to). The guarantee covers one
     ``fit``: another one, with other settings too, spends epsilon and delta again. Nothing else that
@@ -72,7 +72,7 @@ class TukeyEMRegressor(RegressorMixin, BaseEstimator):
         more leave fewer rows for each model. To be chosen without the data.
     fit_intercept : bool, default=True
         Whether there is an intercept, one more coefficient.
-    neighbours : {"replace", "add-remove"}, default="replace"
+    neighbors : {"replace", "add-remove"}, default="replace"
         Which collections of models must not be told apart, see `posterity.privacy.TukeyMechanism`.
         ``"add-remove"`` is the official code's exponent, e: closer to the middle, but for one row
         replaced it is (1.5 epsilon, delta) that holds.
@@ -136,14 +136,14 @@ class TukeyEMRegressor(RegressorMixin, BaseEstimator):
 
     def __init__(
         self, epsilon: float = LN_3, delta: float = 1e-5, n_models: int = 1000, fit_intercept: bool = True,
-        neighbours: Literal["replace", "add-remove"] = "replace", on_failure: Literal["raise", "zero"] = "raise",
+        neighbors: Literal["replace", "add-remove"] = "replace", on_failure: Literal["raise", "zero"] = "raise",
         random_state: Any = None,
     ) -> None:  # fmt: skip
         self.epsilon = epsilon
         self.delta = delta
         self.n_models = n_models
         self.fit_intercept = fit_intercept
-        self.neighbours = neighbours
+        self.neighbors = neighbors
         self.on_failure = on_failure
         self.random_state = random_state
 
@@ -162,7 +162,7 @@ class TukeyEMRegressor(RegressorMixin, BaseEstimator):
         TukeyEMRegressor
             The fitted estimator.
         """
-        _check_budget(self.epsilon, self.delta, self.neighbours)
+        _check_budget(self.epsilon, self.delta, self.neighbors)
         m = integer("n_models", self.n_models, LEAST)
         one_of("on_failure", self.on_failure, ("raise", "zero"))
         one_of("fit_intercept", self.fit_intercept, (True, False))
@@ -186,7 +186,7 @@ class TukeyEMRegressor(RegressorMixin, BaseEstimator):
         rows = draw.permutation(n)[: n // m * m]
         models = _batch_models(X[rows].reshape(m, -1, d), y[rows].reshape(m, -1), self.fit_intercept)
         mechanism = TukeyMechanism(
-            _jittered(*models, draw), epsilon=self.epsilon, delta=self.delta, neighbours=self.neighbours,
+            _jittered(*models, draw), epsilon=self.epsilon, delta=self.delta, neighbors=self.neighbors,
             jitter=np.finfo(float).tiny, random_state=draw,
         )  # fmt: skip
         point = mechanism.release()

@@ -88,7 +88,7 @@ class TukeyMechanism:
     for audits, on data that need no protection. **All else is a diagnostic for whoever holds the
     data: publishing any attribute, or a value of log_density, voids the guarantee.**
 
-    With ``neighbours="replace"`` a release, "nothing" among its outcomes, is (epsilon,
+    With ``neighbors="replace"`` a release, "nothing" among its outcomes, is (epsilon,
     delta)-differentially private where one model is replaced by another. With ``"add-remove"``
     it is so where one is added or taken away and floor(m / 4) stays the same, and only (1.5
     epsilon, delta) where one is replaced. How many models there are is public. The proofs are
@@ -102,7 +102,7 @@ class TukeyMechanism:
         Greater than 0; beyond 1e6 it counts as 1e6.
     delta : float
         In (0, 1): far less than one over the number of people.
-    neighbours : {"replace", "add-remove"}, default="replace"
+    neighbors : {"replace", "add-remove"}, default="replace"
         Between which collections a release must not tell: c = e / 2 or c = e in equation 2.
     jitter : float, default=1e-10
         Uniform noise in [0, jitter) is added to each number of the models, so that equal ones
@@ -144,7 +144,7 @@ class TukeyMechanism:
        promise.
     2. The point is drawn at the depth that was chosen; the official code draws it one level
        deeper, with the sides of the inner box for all coordinates.
-    3. The exponent e of the official code is ``neighbours="add-remove"``; by default one model
+    3. The exponent e of the official code is ``neighbors="add-remove"``; by default one model
        may be replaced, with e / 2.
     4. Where the box of depth t has no volume nothing is released; k is then -1 for all
        neighbours too.
@@ -170,9 +170,9 @@ class TukeyMechanism:
 
     def __init__(
         self, models: Models, *, epsilon: float, delta: float,
-        neighbours: Literal["replace", "add-remove"] = "replace", jitter: float = 1e-10, random_state: Any = None,
+        neighbors: Literal["replace", "add-remove"] = "replace", jitter: float = 1e-10, random_state: Any = None,
     ) -> None:  # fmt: skip
-        _check_budget(epsilon, delta, neighbours)
+        _check_budget(epsilon, delta, neighbors)
         at_least("jitter", jitter, 0)
         x = _matrix("models", models)
         if len(x) < LEAST:
@@ -213,7 +213,7 @@ class TukeyMechanism:
         before = _sums_before(sides[t:])
         after = _sums_before(sides[t - 1 : -1, ::-1])[:, ::-1]
         self._by_coordinate = before + shells[t - 1 :] + after
-        c = EXPONENT[neighbours] * self._half_epsilon
+        c = EXPONENT[neighbors] * self._half_epsilon
         weights = np.asarray(logsumexp(self._by_coordinate, axis=1)) + c * (self.depths - half)
         self._log_mass = float(np.asarray(logsumexp(weights)))  # of exp(c (d - m // 2)) over the box
         self._c, self._empty = c, self._log_mass == -np.inf
@@ -339,10 +339,10 @@ def _matrix(name: str, value: Any, columns: int | None = None) -> ndarray:
     return array
 
 
-def _check_budget(epsilon: float, delta: float, neighbours: str) -> None:
+def _check_budget(epsilon: float, delta: float, neighbors: str) -> None:
     at_least("epsilon", epsilon, 0, strict=True)
     within("delta", delta, 0, 1, open_low=True, open_high=True)
-    one_of("neighbours", neighbours, tuple(EXPONENT))
+    one_of("neighbors", neighbors, tuple(EXPONENT))
 
 
 def _generator(random_state: Any) -> np.random.RandomState:

@@ -126,7 +126,7 @@ def _true_class(model: nn.Module, rows: _Rows) -> tuple[ndarray, ndarray]:
     found: list[tuple[ndarray, ndarray]] = []
     for part in torch.arange(len(rows)).split(ROWS):
         x, y = _pair(rows.name, rows.take(part), model)
-        out = _rows_of_scores(_outputs(model, x), x)
+        out = _rows_of_scores(_outputs(model, x))
         y = _classes(rows.name, y, out.shape[1])
         if not bool(out.isfinite().all()):
             raise ValueError(f"model must give finite logits, those of {rows.name} have NaN or infinity")

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from posterity._checks import at_least, finite, floating, has_shape
+from posterity._models import resize_buffers
 from posterity._precision import wide
 from posterity._processes import all_rows
 from posterity.representation.kernel_dependence import (
@@ -335,10 +336,7 @@ class CIRCE(nn.Module):
             raise ValueError("fit(y, z) must be called first, on held-out pairs")
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        for name in self._buffers:  # sizes are those of the pairs that were fitted
-            saved = state_dict.get(prefix + name)
-            if saved is not None:
-                self._buffers[name] = torch.empty_like(saved, device=self._buffers[name].device)  # type: ignore[union-attr]
+        resize_buffers(self, [*self._buffers], state_dict, prefix)  # as many as the pairs that were fitted
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
 
 

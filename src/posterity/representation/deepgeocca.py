@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_array, check_is_fitted
 from torch import Tensor, nn
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, within
-from posterity._models import evaluating
+from posterity._models import evaluating, resize_buffers
 from posterity._precision import wide, widened
 from posterity._processes import all_rows
 from posterity.representation.spd import (
@@ -246,10 +246,7 @@ class DeepGeoCCA(nn.Module):
             setattr(self, name, torch.lerp(running, mean.to(running), self.mean_momentum))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for name, buffer in self._buffers.items():  # sizes are those of the latents that were seen
-            saved = state_dict.get(prefix + name)
-            if saved is not None and buffer is not None:
-                self._buffers[name] = torch.empty_like(saved, device=buffer.device)
+        resize_buffers(self, [*self._buffers], state_dict, prefix)  # as large as the latents that were seen
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

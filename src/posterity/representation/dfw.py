@@ -154,7 +154,7 @@ def dfw_step(
 
 
 def dfw(
-    x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor], r: int, *, n_iter: int = 200,
+    x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor], r: int, *, max_iter: int = 200,
     lr: float | Literal["auto"] = "auto", split: float = 0.5, debias: bool = True, whiten: bool = True,
     partition: Literal["fixed", "shuffle", "blocks"] = "shuffle", gap: int = 0,
     init: Tensor | Literal["random", "spectral"] = "random", ridge: float = 0.0, tol: float = 1e-8,
@@ -168,7 +168,7 @@ def dfw(
         Inputs and outputs of each task; each task counts alike.
     r : int
         Dimension of the representation, at most d_x and T d_y.
-    n_iter : int, default=200
+    max_iter : int, default=200
         Rounds, at most.
     lr : float or "auto", default="auto"
         Rate of the step; "auto" is one over the largest eigenvalue of the mean of F_t' F_t, in every round; without
@@ -234,7 +234,7 @@ def dfw(
     """
     tasks = _read(x, y)
     r = integer("r", r, 1)
-    integer("n_iter", n_iter, 1)
+    integer("max_iter", max_iter, 1)
     if lr != "auto":
         at_least("lr", lr, 0, strict=True)
     at_least("tol", tol, 0)
@@ -256,7 +256,7 @@ def dfw(
     known: dict[bool, tuple[_Sums, _Sums, Tensor | None]] = {}  # all that later rounds need, where rows stay
     distances: list[Tensor] = []
     converged = False
-    for step in range(n_iter):
+    for step in range(max_iter):
         later = debias and partition == "blocks" and step % 2 == 1
         if later not in known:
             if not debias:

@@ -24,7 +24,7 @@ class DFWRegressor(TransformerMixin, MultiOutputMixin, RegressorMixin, BaseEstim
     ----------
     n_components : int, default=5
         Dimension of the representation; at most as many as features, and as outputs of all tasks together, are used.
-    n_iter, lr, debias, whiten, partition, gap, random_state
+    max_iter, lr, debias, whiten, partition, gap, random_state
         As for `dfw`.
 
     Attributes
@@ -58,12 +58,12 @@ class DFWRegressor(TransformerMixin, MultiOutputMixin, RegressorMixin, BaseEstim
     """
 
     def __init__(
-        self, n_components: int = 5, *, n_iter: int = 200, lr: float | Literal["auto"] = "auto", debias: bool = True,
+        self, n_components: int = 5, *, max_iter: int = 200, lr: float | Literal["auto"] = "auto", debias: bool = True,
         whiten: bool = True, partition: Literal["fixed", "shuffle", "blocks"] = "shuffle", gap: int = 0,
         random_state: int | None = None,
     ) -> None:  # fmt: skip
         self.n_components = n_components
-        self.n_iter = n_iter
+        self.max_iter = max_iter
         self.lr = lr
         self.debias = debias
         self.whiten = whiten
@@ -99,7 +99,7 @@ class DFWRegressor(TransformerMixin, MultiOutputMixin, RegressorMixin, BaseEstim
         x, y = ([torch.from_numpy(v / unit) for v, unit in zip(side, units, strict=True)] for side in each)
         r = min(self.n_components, X.shape[1], len(labels) * each[1][0].shape[1])
         with torch.no_grad():
-            found = dfw(x, y, r, n_iter=self.n_iter, lr=self.lr,
+            found = dfw(x, y, r, max_iter=self.max_iter, lr=self.lr,
                         debias=self.debias, whiten=self.whiten, partition=self.partition, gap=self.gap,
                         ridge=ridge, random_state=self.random_state)  # fmt: skip
         self.components_ = found.phi.numpy()

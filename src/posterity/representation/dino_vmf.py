@@ -363,7 +363,7 @@ class SelfDistillation(nn.Module):
     >>> from posterity.representation import DINOHead, SelfDistillation
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16))
     >>> model = SelfDistillation(net, DINOHead(16, 32, hidden_dim=24, bottleneck_dim=8), total_steps=100)
-    >>> optimizer = torch.optim.AdamW(model.student_parameters(), lr=1e-3)
+    >>> optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-3)
     >>> model.loss([torch.rand(8, 1, 8, 8) for _ in range(2)]).backward()
     >>> optimizer.step()
     >>> model.update_teacher(0)
@@ -398,13 +398,21 @@ class SelfDistillation(nn.Module):
         )
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.int64))
 
-    def loss(self, global_views: Sequence[Tensor], local_views: Sequence[Tensor] = ()) -> Float[Tensor, ""]:
+    def loss(
+        self,
+        global_views: Sequence[Tensor],
+        local_views: Sequence[Tensor] = (),
+        *,
+        update: bool | None = None,
+    ) -> Float[Tensor, ""]:
         """Return the loss of a step, and move the centre.
 
         Parameters
         ----------
         global_views, local_views : sequence of Tensor of shape (n, ...)
             Views of the same n samples: both branches see the global ones, the student alone the local ones.
+        update : bool, optional
+            Whether the centre moves; by default in training mode only.
 
         Returns
         -------
@@ -415,13 +423,12 @@ class SelfDistillation(nn.Module):
         if len(global_views) + len(local_views) < 2:
             raise ValueError("global_views and local_views must be two at least: one view has no pair")
         self._freeze()
-        student = [
-            self.head(self.backbone(x), self.student_temperature) for x in (*global_views, *local_views)
-        ]
+        t, views = self.student_temperature, (*global_views, *local_views)
+        student = [self.head(self.backbone(x), t) for x in views]
         with torch.no_grad():
             t = self._teacher_temperature()
             teacher = [self.teacher_head(self.teacher_backbone(x), t) for x in global_views]
-        return self.criterion(student, teacher)
+        return self.criterion(student, teacher, update=self.training if update is None else update)
 
     @torch.no_grad()
     def update_teacher(self, step: int) -> None:
@@ -438,7 +445,7 @@ class SelfDistillation(nn.Module):
             follow(target, source, momentum)
         self.steps_done.fill_(step + 1)
 
-    def student_parameters(self) -> Iterator[nn.Parameter]:
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what an optimiser should get: parameters of the student's backbone and head."""
         yield from self.backbone.parameters()
         yield from self.head.parameters()
@@ -462,9 +469,8 @@ class SelfDistillation(nn.Module):
         with evaluating(self), torch.no_grad():
             if branch == "student":
                 return self.head(self.backbone(x), self.student_temperature).softmax(1)
-            return self.criterion.teacher_probs(
-                self.teacher_head(self.teacher_backbone(x), self._teacher_temperature())
-            )
+            logits = self.teacher_head(self.teacher_backbone(x), self._teacher_temperature())
+            return self.criterion.teacher_probs(logits)
 
     def usage(self, x: Tensor) -> float:
         """Return the effective number of prototypes that the teacher uses for samples, in [1, K].

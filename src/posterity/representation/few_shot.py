@@ -1,5 +1,6 @@
 """Few-shot classification: episodes, prototypes by cosine, and accuracy over many tasks at once."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import class_indices, floating, has_shape, integer
-from posterity._models import evaluating
-from posterity._precision import wide, widened
+from posterity._models import at_rest
+from posterity._precision import unit_rows, wide, widened
 from posterity._random import draw_device
 
 __all__ = ["Episode", "FewShotScore", "evaluate_few_shot", "prototype_scores", "sample_episode"]
@@ -125,11 +126,9 @@ def prototype_scores(
         raise ValueError("support must have at least one row, got none")
     classes, place = labels.unique(return_inverse=True)
     sums = query.new_zeros(len(classes), query.shape[1]).index_add(
-        0, place, F.normalize(support, dim=1).to(query.dtype)
+        0, place, unit_rows(support).to(query.dtype)
     )
-    return (
-        F.normalize(query, dim=1) @ F.normalize(sums, dim=1).T
-    )  # of a class of n the mean is the sum over n
+    return unit_rows(query) @ F.normalize(sums, dim=1).T  # of a class of n the mean is the sum over n
 
 
 @torch.no_grad()
@@ -204,8 +203,8 @@ def evaluate_few_shot(
             found.append((scores.argmax(1) == truth).double().mean())
         per_task = torch.stack(found)
     else:
-        roles = ("support", "query") if hasattr(model, "embed") else ("either",)
-        parts = [F.normalize(_embedded(model, x, role), dim=1) for role in roles]
+        roles = ("support", "query") if _by_role(model) else ("either",)
+        parts = [unit_rows(_embedded(model, x, role)) for role in roles]
         support, query = parts[0], parts[-1]
         per_task = torch.cat([
             _accuracies(support, query, episodes[k : k + AT_ONCE], n_way, truth) for k in range(0, n_tasks, AT_ONCE)
@@ -224,17 +223,21 @@ def _accuracies(support: Tensor, query: Tensor, episodes: list[Episode], n_way: 
 
 
 def _embedded(model: Any, x: Tensor, role: str) -> Tensor:
-    embed = getattr(model, "embed", None)
-    call = model if embed is None else (lambda part: embed(part, role=role))
-    if isinstance(model, nn.Module):
-        with evaluating(model):
-            parts = [call(part) for part in x.split(AT_ONCE)]
-    else:
-        parts = [call(part) for part in x.split(AT_ONCE)]
-    out = torch.cat(parts)
+    embed = _by_role(model)
+    with at_rest(model):
+        out = torch.cat([embed(part, role=role) if embed else model(part) for part in x.split(AT_ONCE)])
     if out.ndim != 2 or len(out) != len(x):
         raise ValueError(f"model must return embeddings of shape ({len(x)}, dim), got {tuple(out.shape)}")
     return wide(out)
+
+
+def _by_role(model: Any) -> Any:
+    """Return a model's ``embed(x, role=...)``; None where it has none, or what has the name is something else."""
+    embed: Any = getattr(model, "embed", None)
+    try:
+        return embed if "role" in inspect.signature(getattr(embed, "forward", embed)).parameters else None
+    except (TypeError, ValueError):  # not callable, or without a signature
+        return None
 
 
 def _members(labels: Tensor, n_way: int, k_shot: int, n_query: int) -> list[tuple[Tensor, Tensor]]:

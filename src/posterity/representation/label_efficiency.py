@@ -40,7 +40,7 @@ class Tradeoff:
 
 def measure_tradeoff(
     represent: Callable[[Any], Any], target: Sequence[Any], tasks: Sequence[Sequence[Any]], *,
-    n_labels: Sequence[int] = (5, 10, 20, 50), repeats: int = 5, random_state: int | None = None,
+    n_labels: Sequence[int] = (5, 10, 20, 50), n_repeats: int = 5, random_state: int | None = None,
 ) -> Tradeoff:  # fmt: skip
     """Measure a representation by linear probes: on a target with few labels, and on many tasks.
 
@@ -54,7 +54,7 @@ def measure_tradeoff(
         The same of each task, at least one.
     n_labels : sequence of int, default=(5, 10, 20, 50)
         Labels of each class, ascending.
-    repeats : int, default=5
+    n_repeats : int, default=5
         Draws of labels, over which accuracies are means.
     random_state : int, optional
         Decides the draws of labels.
@@ -85,7 +85,7 @@ def measure_tradeoff(
     >>> found.label_efficiency.shape, found.per_task.shape
     ((2,), (1, 2))
     """
-    integer("repeats", repeats, 1)
+    integer("n_repeats", n_repeats, 1)
     budgets = tuple(integer("n_labels", n, 1) for n in n_labels)
     if not budgets or list(budgets) != sorted(set(budgets)):
         raise ValueError(f"n_labels must be ascending numbers, at least one, got {tuple(n_labels)}")
@@ -94,7 +94,7 @@ def measure_tradeoff(
     draws = check_random_state(random_state)
     named = {"target": target, **{f"tasks[{k}]": task for k, task in enumerate(tasks)}}
     read = {name: _task(name, task, budgets[-1]) for name, task in named.items()}
-    rows = [_probed(name, represent, task, budgets, repeats, draws) for name, task in read.items()]
+    rows = [_probed(name, represent, task, budgets, n_repeats, draws) for name, task in read.items()]
     per_task = np.stack(rows[1:])
     return Tradeoff(rows[0], float(per_task[:, -1].mean()), per_task, budgets)
 
@@ -122,7 +122,7 @@ def _task(name: str, task: Sequence[Any], most: int) -> tuple[Any, ndarray, Any,
 @torch.no_grad()
 def _probed(
     name: str, represent: Callable[[Any], Any], task: tuple[Any, ndarray, Any, ndarray], budgets: tuple[int, ...],
-    repeats: int, draws: Any,
+    n_repeats: int, draws: Any,
 ) -> ndarray:  # fmt: skip
     """Return the mean accuracy for each number of labels."""
     x, y, x_test, y_test = task
@@ -133,12 +133,12 @@ def _probed(
     )  # what is constant says nothing
     train, test = ((part - train.mean(0)) / scale for part in (train, test))
     found = np.zeros(len(budgets))
-    for _ in range(repeats):
+    for _ in range(n_repeats):
         order = draws.permutation(len(y))
         for k, n in enumerate(budgets):
             rows = np.concatenate([order[y[order] == c][:n] for c in np.unique(y)])
             model = LogisticRegression(max_iter=1000).fit(train[rows], y[rows])
-            found[k] += model.score(test, y_test) / repeats
+            found[k] += model.score(test, y_test) / n_repeats
     return found
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from posterity._branches import follow, momentum_copy, projection_head
 from posterity._checks import at_least, class_indices, floating, has_shape, integer, one_of, within
 from posterity._models import evaluating
-from posterity._precision import wide, widened
+from posterity._precision import unit_rows, wide, widened
 from posterity._random import draw_device
 from posterity.representation._pairs import joint_views
 from posterity.representation.few_shot import prototype_scores
@@ -124,15 +124,13 @@ class PsCoLoss(nn.Module):
     Raises
     ------
     ValueError
-        If a parameter is out of range; at the call if query and key are not (batch, dim) of one shape, or more
-        than the queue holds.
+        If a parameter is out of range; at the call if query and key are not (batch, dim), or more than the queue.
 
     Notes
     -----
     Departs from the official code: 1. Sinkhorn steps are made in logarithms where exp could leave the range of
     float32. 2. A batch of any size wraps around the end of the queue, whose length need not be a multiple of it.
-    Where ``torch.distributed`` is initialised, the batch is that of all processes: every process must start from the
-    same queue, and draw shots from the same generator.
+    With ``torch.distributed`` the batch is that of all processes: each must start from the same queue and generator.
 
     References
     ----------
@@ -238,11 +236,14 @@ class PsCoLoss(nn.Module):
         has_shape("query", query, (None, self.dim))
         if len(query) > self.queue_size:
             raise ValueError(f"query must have at most queue_size={self.queue_size} rows, got {len(query)}")
-        return query, key.detach()
+        # squares of what is huge are no numbers; a power of two, one for both terms, rounds nothing
+        largest = wide(query.detach()).abs().amax(1, keepdim=True)
+        power = torch.frexp(largest).exponent.to(largest).clamp(-120, 120)
+        return (query / torch.exp2(power)).to(query.dtype), key.detach()
 
     @widened
     def _moco(self, query: Tensor, key: Tensor) -> Tensor:
-        p, z = F.normalize(query, dim=1) / self.temperature, F.normalize(key, dim=1)
+        p, z = F.normalize(query, dim=1) / self.temperature, unit_rows(key)
         own, others = (p * z).sum(1), p @ self.queue.to(p.dtype).T
         return (torch.logaddexp(own, others.logsumexp(1)) - own).mean()
 
@@ -255,11 +256,9 @@ class PsCoLoss(nn.Module):
     @torch.no_grad()
     @widened
     def _shots(self, key: Tensor, generator: torch.Generator | None) -> Tensor:
-        similarity = F.normalize(key, dim=1) @ self.queue.to(key.dtype).T
-        if self.epsilon < 1 / 30:  # exp would leave the range of float32
-            assigned = sinkhorn_assign(similarity, epsilon=self.epsilon, n_iter=self.n_iter)
-        else:
-            assigned = _scaled(similarity, self.epsilon, self.n_iter)
+        similarity = unit_rows(key) @ self.queue.to(key.dtype).T
+        assign = sinkhorn_assign if self.epsilon < 1 / 30 else _scaled  # exp would leave the range of float32
+        assigned = assign(similarity, epsilon=self.epsilon, n_iter=self.n_iter)
         if self.sampling == "topk":
             return assigned.topk(self.n_shots, dim=1).indices
         where = draw_device(generator, key.device)
@@ -272,7 +271,7 @@ class PsCoLoss(nn.Module):
         n = len(key)
         place = (self.pointer + torch.arange(n, device=self.queue.device)) % self.queue_size
         # not in place: the backward pass needs the old queue
-        self.queue = self.queue.index_copy(0, place, F.normalize(key, dim=1).to(self.queue.dtype))
+        self.queue = self.queue.index_copy(0, place, unit_rows(key).to(self.queue.dtype))
         self.pointer.copy_((self.pointer + n) % self.queue_size)
 
 
@@ -346,30 +345,34 @@ class PsCo(nn.Module):
         self.target_backbone, self.target_projector = momentum_copy(backbone), momentum_copy(self.projector)
         self.criterion = PsCoLoss(dim, **loss_options)
 
-    def loss(self, x1: Tensor, x2: Tensor, *, generator: torch.Generator | None = None) -> Float[Tensor, ""]:
+    def loss(
+        self, x1: Tensor, x2: Tensor, *, update: bool | None = None, generator: torch.Generator | None = None
+    ) -> Float[Tensor, ""]:
         """Move the momentum branch, then return the loss of two views and let the keys enter the queue.
 
         Parameters
         ----------
         x1, x2 : Tensor of shape (n, ...)
             A strong and a weak view of the same images: queries and keys.
+        update : bool, optional
+            Whether branch and queue move; by default in training mode only.
         generator : torch.Generator, optional
 
         Returns
         -------
         Tensor of shape ()
         """
-        if len(x1) != len(x2) or len(x1) > self.criterion.queue_size:
-            raise ValueError(
-                f"x2 must have as many images as x1, and queue_size={self.criterion.queue_size} at most, "
-                f"got {len(x1)} and {len(x2)}"
-            )
-        follow(self.target_backbone, self.backbone, self.momentum)
-        follow(self.target_projector, self.projector, self.momentum)
+        if len(x1) > (most := self.criterion.queue_size) or len(x2) != len(x1):
+            got = f"got {len(x1)} and {len(x2)}"
+            raise ValueError(f"x2 must have as many images as x1, and queue_size={most} at most, {got}")
+        update = self.training if update is None else update
+        if update:
+            follow(self.target_backbone, self.backbone, self.momentum)
+            follow(self.target_projector, self.projector, self.momentum)
         query = self.predictor(self.projector(self._features(self.backbone, x1)))
         with torch.no_grad():
             key = self.target_projector(self._features(self.target_backbone, x2))
-        return self.criterion(query, key, generator=generator)
+        return self.criterion(query, key, update=update, generator=generator)
 
     def _features(self, backbone: nn.Module, x: Tensor) -> Tensor:
         found = backbone(x)
@@ -419,7 +422,7 @@ class PsCo(nn.Module):
         """Return `adapt_few_shot` of this model, at its defaults."""
         return adapt_few_shot(self, support, labels)
 
-    def parameters_to_train(self) -> Iterator[nn.Parameter]:
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of the online branch."""
         for part in (self.backbone, self.projector, self.predictor):
             yield from part.parameters()
@@ -493,6 +496,5 @@ def adapt_few_shot(
         opt.zero_grad()
         value.backward()
         opt.step()
-    for part in heads:
-        part.to(given)
+    nn.ModuleList(heads).to(given)
     return own.eval()

@@ -58,7 +58,7 @@ def recall_at_k(
         raise ValueError(f"k must be in 1..{size}, as many as may be found, got {k}")
     found = [
         (parts[3][near] == own[:, None]).any(1)
-        for near, own in _nearest(*parts, k, gallery is None, batch_size)
+        for near, own in _nearest(*parts[:3], k, gallery is None, batch_size)
     ]
     return torch.cat(found).to(wide(query).dtype).mean().to(query.dtype)
 
@@ -106,7 +106,7 @@ def mean_average_precision_at_r(
     if not bool((count > 0).any()):
         raise ValueError("query_labels must have a class that something else belongs to, got none")
     most, values, start = int(count.max()), [], 0
-    for near, own in _nearest(*parts, most, gallery is None, batch_size):
+    for near, own in _nearest(*parts[:3], most, gallery is None, batch_size):
         r = count[start : start + len(own)]
         start += len(own)
         places = torch.arange(1, most + 1, device=r.device)
@@ -151,7 +151,6 @@ def _nearest(
     query: Tensor,
     query_labels: Tensor,
     gallery: Tensor,
-    gallery_labels: Tensor,
     k: int,
     alone: bool,
     batch_size: int,

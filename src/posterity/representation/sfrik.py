@@ -22,10 +22,9 @@ import torch
 from jaxtyping import Float
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer, one_of
-from posterity._precision import widened
+from posterity._precision import unit_rows, widened
 from posterity._processes import all_rows
 from posterity.representation._pairs import matching_views
 
@@ -186,7 +185,7 @@ def mmd_to_uniform(
     has_shape("z", floating("z", z), (None, None))
     if len(z) < 1 or z.shape[1] < 2:
         raise ValueError(f"z must have a row and at least 2 columns, got shape {tuple(z.shape)}")
-    return _discrepancy(_directions(z), weights, _route(route, weights))
+    return _discrepancy(unit_rows(z).to(z.dtype), weights, _route(route, weights))
 
 
 class SFRIKLoss(nn.Module):
@@ -271,7 +270,7 @@ class SFRIKLoss(nn.Module):
 
     @widened
     def _terms(self, *views: Tensor) -> tuple[Tensor, Tensor]:
-        u = [_directions(z) for z in views]
+        u = [unit_rows(z) for z in views]
         ours, *others = [
             (u[a] - u[b]).square().sum(1).mean() for a, b in [(0, 1), *product((0, 1), range(2, len(u)))]
         ]  # the pair of the first two counts for both
@@ -281,10 +280,6 @@ class SFRIKLoss(nn.Module):
 
 
 # The discrepancy by either route, the polynomials, and their quadrature.
-
-
-def _directions(z: Tensor) -> Tensor:
-    return F.normalize(z, dim=1)
 
 
 @widened

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, finite, floating, has_shape, integer, one_of
-from posterity._precision import rounding, widened
+from posterity._precision import rounding, unit_rows, widened
 from posterity.representation._pairs import joint_views
 
 __all__ = [
@@ -92,7 +92,7 @@ def duality_terms(k: Float[Tensor, "n d"]) -> DualityTerms:
     return DualityTerms(*_terms(_matrix("k", k)))
 
 
-def balance(k: Float[Tensor, "n d"], n_iter: int = 100, *, tol: float = 1e-9) -> Float[Tensor, "n d"]:
+def balance(k: Float[Tensor, "n d"], max_iter: int = 100, *, tol: float = 1e-9) -> Float[Tensor, "n d"]:
     """Return embeddings whose rows have norm 1 and whose columns have norm sqrt(n / d).
 
     Columns and rows are scaled in turns, rows last, until the norms of columns stay (Sinkhorn's iteration on
@@ -102,7 +102,7 @@ def balance(k: Float[Tensor, "n d"], n_iter: int = 100, *, tol: float = 1e-9) ->
     ----------
     k : Tensor of shape (n, d)
         Rows are samples.
-    n_iter : int, default=100
+    max_iter : int, default=100
         Rounds, at most.
     tol : float, default=1e-9
         Largest relative distance of the norm of a column from sqrt(n / d), or what rounding costs where that
@@ -121,7 +121,7 @@ def balance(k: Float[Tensor, "n d"], n_iter: int = 100, *, tol: float = 1e-9) ->
     Warns
     -----
     UserWarning
-        If the norms had not settled after ``n_iter`` rounds, as where many entries are 0.
+        If the norms had not settled after ``max_iter`` rounds, as where many entries are 0.
 
     Examples
     --------
@@ -132,13 +132,13 @@ def balance(k: Float[Tensor, "n d"], n_iter: int = 100, *, tol: float = 1e-9) ->
     True
     """
     finite("k", _matrix("k", k))
-    integer("n_iter", n_iter, 1)
+    integer("max_iter", max_iter, 1)
     at_least("tol", tol, 0)
     for name, dim in (("row", 1), ("column", 0)):
         empty = (k.detach() == 0).all(dim).nonzero()
         if len(empty):
             raise ValueError(f"k must have no {name} of zeros, got one at {int(empty[0])}")
-    return _balanced(k, n_iter, rounding(torch.promote_types(k.dtype, torch.float32), tol))
+    return _balanced(k, max_iter, rounding(torch.promote_types(k.dtype, torch.float32), tol))
 
 
 class ContrastiveCriterion(nn.Module):
@@ -207,7 +207,7 @@ class ContrastiveCriterion(nn.Module):
     def _normalized(self, z: Tensor) -> Tensor:
         n, d = z.shape
         if self.normalize == "rows":
-            return F.normalize(z, dim=1)
+            return unit_rows(z)
         if self.normalize == "columns":
             return F.normalize(z, dim=0) * (n / d) ** 0.5
         return _balanced(z, 10, None) if self.normalize == "both" else z
@@ -273,7 +273,7 @@ class NTXentLoss(nn.Module):
     @widened
     def _value(self, z1: Tensor, z2: Tensor) -> Tensor:
         n = len(z1)
-        z = F.normalize(torch.cat([z1, z2]), dim=1)
+        z = unit_rows(torch.cat([z1, z2]))
         cosine = z @ (z.T / self.temperature)
         positive = cosine.diagonal(n)
         if self.similarity == "cos":
@@ -390,12 +390,12 @@ def _terms(k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @widened
-def _balanced(k: Tensor, n_iter: int, tol: float | None) -> Tensor:
+def _balanced(k: Tensor, max_iter: int, tol: float | None) -> Tensor:
     """Return k after rounds of scaling columns and rows; without ``tol`` all of them are run."""
     n, d = k.shape
     target = (n / d) ** 0.5
     k, off = F.normalize(k, dim=1), torch.inf
-    for _ in range(n_iter):
+    for _ in range(max_iter):
         k = F.normalize(target * F.normalize(k, dim=0), dim=1)
         if tol is not None:
             off = float((k.detach().norm(dim=0) / target - 1).abs().max())
@@ -403,7 +403,7 @@ def _balanced(k: Tensor, n_iter: int, tol: float | None) -> Tensor:
                 return k
     if tol is not None:
         warnings.warn(
-            f"norms of columns are still {off:.1e} off after {n_iter} rounds, more than {tol:.1e}",
+            f"norms of columns are still {off:.1e} off after {max_iter} rounds, more than {tol:.1e}",
             stacklevel=3,
         )
     return k

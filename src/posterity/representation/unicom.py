@@ -259,7 +259,7 @@ def _indices(name: str, value: Tensor, n: int) -> Tensor:
 @torch.no_grad()
 def cluster_labels(
     features: Float[Tensor, "n dim"], n_clusters: int, *, text_features: Float[Tensor, "n dim"] | None = None,
-    n_iter: int = 20, batch_size: int = 8192, random_state: int | None = None,
+    max_iter: int = 20, batch_size: int = 8192, random_state: int | None = None,
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n_clusters dim"]]:  # fmt: skip
     """Return clusters of directions: k-means on the sphere, to be told apart by `ClusterDiscrimination`.
 
@@ -271,7 +271,7 @@ def cluster_labels(
         At most n.
     text_features : Tensor of shape (n, dim), optional
         Of the captions: the sum of both directions is clustered.
-    n_iter : int, default=20
+    max_iter : int, default=20
         Rounds, at most; it ends where no label changes.
     batch_size : int, default=8192
         Rows at a time.
@@ -306,12 +306,12 @@ def cluster_labels(
         u = _directions("features plus text_features", u + _directions("text_features", text_features).to(u))
     if not 1 <= integer("n_clusters", n_clusters) <= len(u):
         raise ValueError(f"n_clusters must be in 1..{len(u)}, got {n_clusters}")
-    integer("n_iter", n_iter, 1)
+    integer("max_iter", max_iter, 1)
     integer("batch_size", batch_size, 1)
     start = check_random_state(random_state).permutation(len(u))[:n_clusters]
     centres = u[torch.from_numpy(start).to(u.device)]
     labels, near = _assigned(u, centres, batch_size)
-    for _ in range(n_iter):
+    for _ in range(max_iter):
         empty = (labels.bincount(minlength=n_clusters) == 0).nonzero()[:, 0]
         labels[near.topk(len(empty), largest=False).indices] = empty  # what has its centre farthest away
         sums = torch.zeros_like(centres).index_add_(0, labels, u)

@@ -31,7 +31,8 @@ from torch.nn import functional as F
 from posterity._branches import projection_head
 from posterity._checks import at_least, class_indices, finite, floating, has_shape, integer, one_of
 from posterity._models import evaluating
-from posterity._precision import NARROW, widened
+from posterity._precision import NARROW, unit_rows, widened
+from posterity._random import seeded
 from posterity.representation._pairs import joint_views
 
 __all__ = [
@@ -263,7 +264,7 @@ def fine_tune(
     encoder: nn.Module, x: Tensor, y: Tensor, *, augment: Callable[[Tensor, torch.Generator], Tensor], n_classes: int,
     projector: nn.Module | None = None, mode: Literal["linear", "fine-tune", "contrastive"] = "contrastive",
     weight: float = 0.1, temperature: float = 0.5, epochs: int = 200, batch_size: int = 256, lr: float = 0.06,
-    weight_decay: float = 5e-4, seed: int = 0,
+    weight_decay: float = 5e-4, random_state: int = 0,
 ) -> FineTuned:  # fmt: skip
     """Fine-tune an encoder on a task's labelled data.
 
@@ -293,7 +294,7 @@ def fine_tune(
         A last batch of fewer than two samples is left out.
     lr, weight_decay : float, default=0.06, 5e-4
         Of SGD.
-    seed : int, default=0
+    random_state : int, default=0
         Decides the classifier's start, batches and views; nothing global is touched.
 
     Returns
@@ -334,17 +335,17 @@ def fine_tune(
         raise ValueError(f"x must be a tensor of at least two samples, got {got}")
     class_indices("y", y, len(x), n_classes)
     x, y = (part.clone() if part.is_inference() else part for part in (x, y.long()))
-    net, draws = copy.deepcopy(encoder), torch.Generator().manual_seed(integer("seed", seed))
+    net, draws = copy.deepcopy(encoder), torch.Generator().manual_seed(integer("random_state", random_state))
     given = x.dtype
     if given in NARROW:  # in which small steps would be lost
         net, x = net.float(), x.float()
     with evaluating(net), torch.no_grad():
-        dim = net(x[:2]).flatten(1).shape[1]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        classifier = nn.Linear(dim, n_classes).to(x.device)
+        found = net(x[:2]).flatten(1)
+    dim, like = found.shape[1], next((p for p in net.parameters() if p.is_floating_point()), found)
+    with seeded(random_state, x.device):
+        classifier = nn.Linear(dim, n_classes).to(like)
         head = projection_head((dim, dim, dim)) if projector is None else copy.deepcopy(projector)
-        head = (head.float() if given in NARROW else head).to(x.device)
+        head = head.to(like)
         losses = _descend(net, head, classifier, x, y, augment, mode, regularizer, epochs, batch_size, lr,
                           weight_decay, draws)  # fmt: skip
     if given in NARROW:
@@ -411,7 +412,7 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def _nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """Return the contrastive loss of SimCLR: cross-entropy of each view's other one among all others."""
     n = len(z1)
-    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    z = unit_rows(torch.cat([z1, z2]))
     cosine = z @ (z.T / temperature)
     cosine.diagonal().fill_(-torch.inf)
     other = torch.arange(2 * n, device=z.device).roll(n)

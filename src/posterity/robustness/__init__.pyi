@@ -5,7 +5,7 @@ from posterity.robustness.gains import Certificate as Certificate
 from posterity.robustness.gains import CertifiedLoss as CertifiedLoss
 from posterity.robustness.gains import certify as certify
 from posterity.robustness.gains import certify_regression as certify_regression
-from posterity.robustness.gains import eps_schedule as eps_schedule
+from posterity.robustness.gains import epsilon_schedule as epsilon_schedule
 from posterity.robustness.image_space import MajorityClass as MajorityClass
 from posterity.robustness.image_space import boundary_distance as boundary_distance
 from posterity.robustness.image_space import robust_profile as robust_profile

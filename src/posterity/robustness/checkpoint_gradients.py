@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from posterity._checks import floating, has_shape
+from posterity._checks import class_indices, floating
+from posterity._models import at_rest
 from posterity._precision import wide
 
 __all__ = ["gradient_similarity"]
@@ -263,18 +264,11 @@ def last_linear_input(model: nn.Module, x: Tensor) -> Tensor:
 @contextmanager
 def as_they_predict(models: list[nn.Module]) -> Iterator[None]:
     """Have models in eval mode, outside autocast, and put all modes back."""
-    modes = {module: module.training for model in models for module in model.modules()}
     kinds = {"cpu"} | {t.device.type for model in models for t in model.parameters()}
-    try:
-        for model in models:
-            model.eval()
-        with ExitStack() as stack:
-            for kind in kinds - {"meta"}:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with at_rest(*models), ExitStack() as stack:
+        for kind in kinds - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def models_of(checkpoints: Sequence[nn.Module]) -> list[nn.Module]:
@@ -294,9 +288,7 @@ def samples(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return data and labels that fit each other, as ordinary tensors without history."""
     if floating("x", x).ndim < 2:
         raise ValueError(f"x must have shape (n, ...) with an axis for values, got {tuple(x.shape)}")
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"y must hold class indices, got {y.dtype if isinstance(y, Tensor) else type(y)}")
-    has_shape("y", y, (len(x),), "x")
+    class_indices("y", y, len(x))
     x = x.clone() if x.is_inference() else x.detach()
     return x, y.to(x.device, torch.int64, copy=y.is_inference())
 

@@ -1,9 +1,9 @@
 """GAINS: neural ODEs that provably keep their decision, and a loss that trains them to.
 
-A decision is safe on the box of all inputs within eps when z_y - z_j > 0 on it for every other
+A decision is safe on the box of all inputs within epsilon when z_y - z_j > 0 on it for every other
 class j. An ODE solver between input and z takes steps that depend on the input; here they come
 from a discrete set, so that all trajectories together are a small graph, and bounds that follow
-the graph are a proof. Training minimises, with w = weight eps / eps_target,
+the graph are a proof. Training minimises, with w = weight epsilon / epsilon_target,
 
     (1 - w) CE(z, y) + w CE(worst z on the box, y) + gamma mean (u - l)^2,                (1)
 
@@ -20,7 +20,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity._checks import at_least, finite, floating, has_shape, integer, one_of, within
+from posterity._checks import (
+    at_least,
+    class_indices,
+    finite,
+    floating,
+    has_shape,
+    integer,
+    interval,
+    one_of,
+    within,
+)
 from posterity._precision import wide
 from posterity._random import draw_device
 from posterity.robustness.boxes import (
@@ -38,7 +48,7 @@ from posterity.robustness.neural_ode import NeuralODEBlock
 from posterity.robustness.ode_solver import GROW, KEEP, REJECT, ODESolution
 from posterity.robustness.trajectory_graph import TooManyNodes
 
-__all__ = ["Certificate", "CertifiedLoss", "certify", "certify_regression", "eps_schedule"]
+__all__ = ["Certificate", "CertifiedLoss", "certify", "certify_regression", "epsilon_schedule"]
 
 Bounds = Literal["gains", "box"]
 
@@ -50,7 +60,7 @@ class Certificate:
     Attributes
     ----------
     verified : Tensor of shape (B,), bool
-        Whether nothing within eps changes the decision. False says that there is no proof, not
+        Whether nothing within epsilon changes the decision. False says that there is no proof, not
         that there is an attack.
     margin : Tensor of shape (B,), float64
         A lower bound of what must stay positive; verified are those above 0. -inf where there
@@ -66,12 +76,12 @@ def certify(
     net: nn.Sequential,
     x: Float[Tensor, " B *shape"],
     y: Int[Tensor, " B"],
-    eps: float,
+    epsilon: float,
     *,
-    data_range: tuple[float, float] = (0.0, 1.0),
+    bounds: tuple[float, float] = (0.0, 1.0),
     method: Bounds = "gains",
 ) -> Certificate:
-    """Prove of each sample that no input within eps in each coordinate changes the decision for y.
+    """Prove of each sample that no input within epsilon in each coordinate changes the decision for y.
 
     Parameters
     ----------
@@ -79,12 +89,12 @@ def certify(
         Of Linear, Conv2d, ReLU, Flatten, Identity, AdaptiveAvgPool2d(1) and `NeuralODEBlock`,
         in float32 or float64.
     x : Tensor of shape (B, ...)
-        Inputs, within ``data_range``.
+        Inputs, within ``bounds``.
     y : Tensor of shape (B,)
         Their classes. A sample that is classified otherwise is not verified.
-    eps : float
+    epsilon : float
         Largest change of a coordinate, at least 0.
-    data_range : tuple of float, default=(0.0, 1.0)
+    bounds : tuple of float, default=(0.0, 1.0)
         What an input may be: the box is cut to it.
     method : {"gains", "box"}, default="gains"
         Linear bounds through the graph (the better of them and of boxes), or boxes alone: weaker,
@@ -122,17 +132,17 @@ def certify(
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False))
     >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))  # z_0 - z_1 = 2 x
     >>> x, y = torch.tensor([[0.3], [0.7]]), torch.tensor([0, 0])
-    >>> certify(net, x, y, 0.5, data_range=(-1.0, 1.0)).margin.float()
+    >>> certify(net, x, y, 0.5, bounds=(-1.0, 1.0)).margin.float()
     tensor([-0.4000,  0.4000])
     """
     one_of("method", method, ("gains", "box"))
-    at_least("eps", eps, 0)
-    twin = exact(net, _inputs(x, data_range), "x")
+    at_least("epsilon", epsilon, 0)
+    twin = exact(net, _inputs(x, bounds), "x")
     classes = twin(x[:1].double()).shape[1]
     if classes < 2:
         raise ValueError(f"net must have at least 2 outputs, one a class, got {classes}")
-    _labels(y, len(x), classes)
-    low, high = ((x.double() + shift).clamp(*map(float, data_range)) for shift in (-eps, eps))
+    class_indices("y", y, len(x), classes)
+    low, high = ((x.double() + shift).clamp(*map(float, bounds)) for shift in (-epsilon, epsilon))
     eye = torch.eye(classes, dtype=torch.float64, device=x.device)
     others = torch.stack([torch.arange(classes, device=x.device)[torch.arange(classes, device=x.device) != k]
                           for k in range(classes)])[y.long()]  # fmt: skip
@@ -145,13 +155,13 @@ def certify_regression(
     net: nn.Sequential,
     x: Float[Tensor, " B *shape"],
     y: Float[Tensor, " B out"],
-    eps: float,
+    epsilon: float,
     *,
     nu: float = 0.1,
     delta: float = 0.01,
     method: Bounds = "gains",
 ) -> Certificate:
-    """Prove of each sample that no input within eps makes the mean absolute error much larger.
+    """Prove of each sample that no input within epsilon makes the mean absolute error much larger.
 
     Parameters
     ----------
@@ -161,7 +171,7 @@ def certify_regression(
         Inputs.
     y : Tensor of shape (B, out)
         Targets.
-    eps : float
+    epsilon : float
         Largest change of a coordinate, at least 0; the box is not cut.
     nu, delta : float, default=0.1, 0.01
         Allowed is an error below (1 + nu) times that at ``x``, plus delta; at least 0.
@@ -194,7 +204,7 @@ def certify_regression(
     tensor([-0.1900])
     """
     one_of("method", method, ("gains", "box"))
-    for name, value in (("eps", eps), ("nu", nu), ("delta", delta)):
+    for name, value in (("epsilon", epsilon), ("nu", nu), ("delta", delta)):
         at_least(name, value, 0)
     twin = exact(net, _inputs(x), "x")
     floating("y", y)
@@ -203,7 +213,7 @@ def certify_regression(
     y = finite("y", has_shape("y", y, tuple(clean.shape), "the output of net")).double()
     eye = torch.eye(y.shape[1], dtype=torch.float64, device=x.device)
     rows = torch.cat([eye, -eye]).expand(len(x), -1, -1)
-    low, high = _lower(twin, x - eps, x + eps, rows, method).chunk(2, 1)
+    low, high = _lower(twin, x - epsilon, x + epsilon, rows, method).chunk(2, 1)
     worst = torch.maximum(y - low, -high - y).mean(1)
     margin = (1 + nu) * (clean - y).abs().mean(1) + delta - worst
     return Certificate(margin > 0, margin)
@@ -231,7 +241,7 @@ def _lower(net: nn.Sequential, lower: Tensor, upper: Tensor, C: Tensor, method: 
 class CertifiedLoss(nn.Module):
     """The loss (1), with which a network learns decisions that can be proved.
 
-    Let eps rise slowly from 0 to the target (`eps_schedule`); train for a little more than what
+    Let epsilon rise slowly from 0 to the target (`epsilon_schedule`); train for a little more than what
     will be certified, such as 0.11 for 0.1. The network must be in training mode for its blocks'
     first step sizes to follow.
 
@@ -274,7 +284,7 @@ class CertifiedLoss(nn.Module):
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False))
     >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))  # worst: z_1 - z_0 = 0
     >>> loss = CertifiedLoss(weight=1.0, gamma=0.0)
-    >>> loss(net, torch.tensor([[0.5]]), torch.tensor([0]), 0.5, eps_target=0.5).detach()
+    >>> loss(net, torch.tensor([[0.5]]), torch.tensor([0]), 0.5, epsilon_target=0.5).detach()
     tensor(0.6931)
     """
 
@@ -294,16 +304,16 @@ class CertifiedLoss(nn.Module):
         net: nn.Sequential,
         x: Float[Tensor, " B *shape"],
         y: Int[Tensor, " B"],
-        eps: float,
+        epsilon: float,
         *,
-        eps_target: float,
-        data_range: tuple[float, float] = (0.0, 1.0),
+        epsilon_target: float,
+        bounds: tuple[float, float] = (0.0, 1.0),
     ) -> Float[Tensor, ""]:
-        """Return the loss of a batch at ``eps``, at most ``eps_target``: a scalar."""
+        """Return the loss of a batch at ``epsilon``, at most ``epsilon_target``: a scalar."""
         check_network(net)
-        at_least("eps_target", eps_target, 0, strict=True)
-        within("eps", eps, 0, eps_target)
-        dtype = _inputs(x, data_range).dtype
+        at_least("epsilon_target", epsilon_target, 0, strict=True)
+        within("epsilon", epsilon, 0, epsilon_target)
+        dtype = _inputs(x, bounds).dtype
         example = next(net.parameters(), x)
         x = x.to(example.dtype)
         logits, references = x, {}
@@ -316,10 +326,10 @@ class CertifiedLoss(nn.Module):
         logits = wide(logits)
         if logits.ndim != 2 or logits.shape[1] < 2:
             raise ValueError(f"net must return at least 2 logits a sample, got shape {tuple(logits.shape)}")
-        _labels(y, len(x), logits.shape[1])
-        share = self.weight * eps / eps_target
+        class_indices("y", y, len(x), logits.shape[1])
+        share = self.weight * epsilon / epsilon_target
         with torch.autocast(x.device.type, enabled=False):
-            box = between(*((x + shift).clamp(*map(float, data_range)) for shift in (-eps, eps)))
+            box = between(*((x + shift).clamp(*map(float, bounds)) for shift in (-epsilon, epsilon)))
             worst = self._worst(net, box, y.long(), references)
             loss = (1 - share) * F.cross_entropy(logits, y.long()) + share * worst[0] + self.gamma * worst[1]
         return loss.to(dtype)
@@ -389,10 +399,10 @@ class CertifiedLoss(nn.Module):
         return possible[min(int((share < draw).sum()), len(possible) - 1)]
 
 
-def eps_schedule(
+def epsilon_schedule(
     step: float, *, start: float, length: float, target: float, mid: float = 0.6, beta: float = 4.0
 ) -> float:
-    """Return the eps of a step: 0, then a power of the time, then a line, then the target.
+    """Return the epsilon of a step: 0, then a power of the time, then a line, then the target.
 
     Parameters
     ----------
@@ -421,8 +431,8 @@ def eps_schedule(
 
     Examples
     --------
-    >>> from posterity.robustness import eps_schedule
-    >>> [round(eps_schedule(k, start=10, length=10, target=0.1), 4) for k in (10, 13, 16, 18, 20, 30)]
+    >>> from posterity.robustness import epsilon_schedule
+    >>> [round(epsilon_schedule(k, start=10, length=10, target=0.1), 4) for k in (10, 13, 16, 18, 20, 30)]
     [0.0, 0.0017, 0.0273, 0.0636, 0.1, 0.1]
     """
     for name, value in (("step", step), ("start", start), ("target", target)):
@@ -445,30 +455,18 @@ def eps_schedule(
     return float(target * (rise + max(done - mid, 0) * at_mid * beta / mid))
 
 
-def _inputs(x: Tensor, data_range: tuple[float, float] | None = None) -> Tensor:
+def _inputs(x: Tensor, bounds: tuple[float, float] | None = None) -> Tensor:
     """Return checked inputs."""
     floating("x", x)
     if x.ndim < 2 or not x.numel():
         raise ValueError(f"x must have samples and features, got shape {tuple(x.shape)}")
     if x.device.type == "cpu":
         finite("x", x)
-    if data_range is None:
+    if bounds is None:
         return x
-    if not isinstance(data_range, (tuple, list)) or len(data_range) != 2:
-        raise ValueError(f"data_range must be the least and the greatest value, got {data_range!r}")
-    low = at_least("data_range", data_range[0], -math.inf)
-    high = at_least("data_range", data_range[1], low, strict=True)
+    low, high = interval("bounds", bounds)
     if x.device.type == "cpu" and not bool(((x >= low) & (x <= high)).all()):
         raise ValueError(
-            f"x must lie in data_range, [{low}, {high}], got {float(x.min()):g} to {float(x.max()):g}"
+            f"x must lie in bounds, [{low}, {high}], got {float(x.min()):g} to {float(x.max()):g}"
         )
     return x
-
-
-def _labels(y: Tensor, n: int, classes: int) -> None:
-    """Refuse labels that do not fit."""
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"y must hold class indices, got {getattr(y, 'dtype', type(y).__name__)}")
-    has_shape("y", y, (n,), "x")
-    if y.device.type == "cpu" and not bool(((y >= 0) & (y < classes)).all()):
-        raise ValueError(f"y must be in 0..{classes - 1}, got values from {int(y.min())} to {int(y.max())}")

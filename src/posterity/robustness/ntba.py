@@ -28,7 +28,7 @@ from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from posterity._checks import at_least, finite, floating, has_shape, integer, within
+from posterity._checks import at_least, finite, floating, has_shape, integer, interval, within
 from posterity._random import draw_device
 from posterity.robustness.kernel_backdoor import (
     Clean,
@@ -157,12 +157,7 @@ class BackdoorAudit:
         self.relative_ridge = at_least("relative_ridge", relative_ridge, 0)
         self.holdout = within("holdout", holdout, 0, 1, open_low=True, open_high=True)
         self.max_iter = integer("max_iter", max_iter, 0)
-        if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-            raise ValueError(f"bounds must be two numbers, lowest and highest, got {bounds!r}")
-        low, high = (at_least("bounds", end, -float("inf")) for end in bounds)
-        if low >= high:
-            raise ValueError(f"bounds must have the lower number first, got {bounds!r}")
-        self.bounds = (low, high)
+        self.bounds = interval("bounds", bounds)
         self.generator = generator
 
     @torch.inference_mode(False)

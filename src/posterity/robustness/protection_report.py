@@ -20,9 +20,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from posterity._checks import has_shape
+from posterity._checks import has_shape, interval
 from posterity.robustness.checkpoint_gradients import samples
-from posterity.robustness.self_ensemble_protection import limits
 
 __all__ = ["protection_report"]
 
@@ -81,7 +80,7 @@ def protection_report(
     >>> {name: round(value, 3) for name, value in report.items() if name != "clean_after_protected"}
     {'max_change': 0.1, 'mean_change': 0.1, 'at_limit': 1.0, 'psnr': 20.0, 'shortcut': 1.0, 'clean_after_clean': 0.5}
     """
-    low, high = limits(bounds)
+    low, high = interval("bounds", bounds)
     clean, labels = _array("x", x, y, low, high)
     released, _ = _array("x_protected", x_protected, y, low, high)
     has_shape("x_protected", x_protected, x.shape, "x")

@@ -4,7 +4,7 @@ Checkpoints w_1, ..., w_M of one ordinary training run, evenly spaced and ending
 data differently: their input gradients are nearly orthogonal, as those of different architectures are.
 All of them together push each sample towards the look of the wrong class g(y) = (y + K // 2) mod K,
 
-    x <- clip(x - a sign(mean_m d L_m(x, g(y)) / dx),   |x - x_0| <= eps,              (1)
+    x <- clip(x - a sign(mean_m d L_m(x, g(y)) / dx),   |x - x_0| <= epsilon,              (1)
 
 where L_m is the cross-entropy of checkpoint m, or, stronger, the mean squared distance of its features
 of x to the mean features of class g(y) on the clean data ("feature alignment"). With variance
@@ -17,13 +17,13 @@ perturbations, which say g(y) where the image says y, and fails on clean images.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from posterity._checks import at_least, integer, one_of
+from posterity._checks import at_least, integer, interval, one_of
 from posterity._random import draw_device
 from posterity.robustness.checkpoint_gradients import (
     Ensemble,
@@ -83,10 +83,10 @@ class SelfEnsembleProtector:
     Parameters
     ----------
     checkpoints : sequence of nn.Module
-        At least one; each maps (batch, ...) to logits (batch, num_classes), with what normalises
+        At least one; each maps (batch, ...) to logits (batch, n_classes), with what normalises
         inputs inside it. They may differ in architecture. They are read in eval mode, and left as they
         are.
-    eps : float, default=2/255
+    epsilon : float, default=2/255
         Largest change of a value, at least 0, in units of ``x``.
     step_size : float, default=1/255
         Change in a step, at least 0.
@@ -99,7 +99,7 @@ class SelfEnsembleProtector:
     features : callable, optional
         ``features(model, x) -> Tensor (batch, f)``; by default the input of the linear layer that
         the model calls last, flattened. Unused for "ce".
-    num_classes : int, optional
+    n_classes : int, optional
         K, at least 2; by default the number of logits of the first checkpoint.
     target_shift : int, optional
         g(y) = (y + target_shift) mod K; by default K // 2. A multiple of K aims at the true class.
@@ -124,7 +124,7 @@ class SelfEnsembleProtector:
     3. The official code shifts labels by 5 modulo 10 also where there are 100 classes of ImageNet;
        here by half of the number of classes.
     4. Gradients are computed in the widest dtype of data and models, float32 at least and outside
-       autocast. Narrow data are rounded at the end to values that keep to ``eps``, which in 16 bits
+       autocast. Narrow data are rounded at the end to values that keep to ``epsilon``, which in 16 bits
        near 1 may be no change at all.
 
     References
@@ -140,7 +140,7 @@ class SelfEnsembleProtector:
     >>> from posterity.robustness import SelfEnsembleProtector
     >>> net = torch.nn.Linear(2, 2, bias=False)
     >>> _ = net.weight.data.copy_(torch.eye(2))
-    >>> protector = SelfEnsembleProtector([net], eps=0.1, step_size=0.1, n_steps=1, mode="ce")
+    >>> protector = SelfEnsembleProtector([net], epsilon=0.1, step_size=0.1, n_steps=1, mode="ce")
     >>> protector.protect(torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([0, 1]))
     tensor([[0.4000, 0.6000],
             [0.1000, 0.9000]])
@@ -150,29 +150,29 @@ class SelfEnsembleProtector:
         self,
         checkpoints: Sequence[nn.Module],
         *,
-        eps: float = 2 / 255,
+        epsilon: float = 2 / 255,
         step_size: float = 1 / 255,
         n_steps: int = 30,
         mode: Literal["ce", "fa", "vr"] = "vr",
         n_inner: int = 15,
         features: Read | None = None,
-        num_classes: int | None = None,
+        n_classes: int | None = None,
         target_shift: int | None = None,
         bounds: tuple[float, float] = (0.0, 1.0),
         batch_size: int = 512,
         generator: torch.Generator | None = None,
     ) -> None:
         self.checkpoints = models_of(checkpoints)
-        self.eps, self.step_size = at_least("eps", eps, 0), at_least("step_size", step_size, 0)
+        self.epsilon, self.step_size = at_least("epsilon", epsilon, 0), at_least("step_size", step_size, 0)
         self.n_steps = integer("n_steps", n_steps, 1)
         self.mode = one_of("mode", mode, ("ce", "fa", "vr"))
         self.n_inner = integer("n_inner", n_inner, 1)
         if features is not None and not callable(features):
             raise ValueError(f"features must be a function of a model and x, got {features!r}")
         self.features = features
-        self.num_classes = None if num_classes is None else integer("num_classes", num_classes, 2)
+        self.n_classes = None if n_classes is None else integer("n_classes", n_classes, 2)
         self.target_shift = None if target_shift is None else integer("target_shift", target_shift)
-        self.bounds = limits(bounds)
+        self.bounds = interval("bounds", bounds)
         self.batch_size = integer("batch_size", batch_size, 1)
         self.generator = generator
 
@@ -190,7 +190,7 @@ class SelfEnsembleProtector:
         Returns
         -------
         Tensor of shape (n, ...)
-            Within ``eps`` of ``x`` and inside ``bounds``, of its dtype and on its device.
+            Within ``epsilon`` of ``x`` and inside ``bounds``, of its dtype and on its device.
         """
         x, y = samples(x, y)
         low, high = self.bounds
@@ -204,16 +204,16 @@ class SelfEnsembleProtector:
                 read, loss = self.features or last_linear_input, distance
             ensemble = Ensemble(self.checkpoints, read, loss, x)
             logits = ensemble
-            if self.mode != "ce" and self.num_classes is None:
+            if self.mode != "ce" and self.n_classes is None:
                 logits = Ensemble(self.checkpoints[:1], outputs, cross_entropy_sum, x)
-            K = self.num_classes or logits.width(0, x)
+            K = self.n_classes or logits.width(0, x)
             in_range(y, K)
             target = (y + (K // 2 if self.target_shift is None else self.target_shift)) % K
             if self.mode == "ce":
                 for m in range(len(self.checkpoints)):
                     if (width := ensemble.width(m, x)) < K:
                         raise ValueError(
-                            f"checkpoints must give {K} logits, num_classes, got {width} of checkpoint {m}"
+                            f"checkpoints must give {K} logits, n_classes, got {width} of checkpoint {m}"
                         )
             else:
                 counts = y.bincount(minlength=K)
@@ -238,8 +238,8 @@ class SelfEnsembleProtector:
         """Return a batch moved towards its goals, one for each checkpoint."""
         start = x.to(ensemble.dtype)
         least, most = (
-            (start - self.eps).clamp_min(self.bounds[0]),
-            (start + self.eps).clamp_max(self.bounds[1]),
+            (start - self.epsilon).clamp_min(self.bounds[0]),
+            (start + self.epsilon).clamp_max(self.bounds[1]),
         )
 
         def step(z: Tensor, direction: Tensor) -> Tensor:
@@ -262,12 +262,3 @@ class SelfEnsembleProtector:
         moved = now.to(x.dtype)  # rounding may leave the limits: then the neighbour on the side of x does not
         there = moved.to(now.dtype)
         return torch.where((there < least) | (there > most), moved.nextafter(x), moved)
-
-
-def limits(bounds: Any) -> tuple[float, float]:
-    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise ValueError(f"bounds must be two numbers, got {bounds!r}")
-    low, high = (at_least("bounds", value, -torch.inf) for value in bounds)
-    if not low < high:
-        raise ValueError(f"bounds must be a lower and a higher number, got {bounds!r}")
-    return low, high

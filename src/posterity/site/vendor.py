@@ -63,7 +63,7 @@ class _Source:
                 self._imported(node)
                 continue
             targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
-            names = [getattr(target, "id", "") for target in targets]
+            names = [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
             if number == 0 and isinstance(node, ast.Expr):
                 self.docstring = "\n".join(self.lines[node.lineno - 1 : node.end_lineno])
             elif "__all__" not in names:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer, within
 from posterity._precision import wide
+from posterity._random import drawn_seed, seeded
 from posterity.tabular.mriv import _lifted, _MultiplyRobust
 
 __all__ = ["MRIVNet", "NuisanceNet"]
@@ -325,11 +326,9 @@ class MRIVNet(_MultiplyRobust):
 
     def _trained(self, make: Callable[[], Any], loss: Callable[..., Tensor], draw: Any, *data: Tensor) -> Any:
         """Return a new network after ``max_epochs`` of Adam on shuffled batches."""
-        seed = int(draw.randint(2**31 - 1))
+        seed = drawn_seed(draw)
         shuffle = torch.Generator().manual_seed(seed)
-        forked = range(torch.cuda.device_count()) if data[0].device.type == "cuda" else []
-        with torch.random.fork_rng(devices=forked):
-            torch.manual_seed(seed)  # initial weights and dropout
+        with seeded(seed, data[0].device):  # initial weights and dropout
             net = make().to(data[0].device).train()
             optimizer = torch.optim.Adam(net.parameters(), lr=self.lr, fused=True)
             for _ in range(self.max_epochs):

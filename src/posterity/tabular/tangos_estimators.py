@@ -5,7 +5,6 @@ terms of `posterity.tabular.tangos`, which come in after a few epochs. A part of
 is held out: the weights of its lowest loss, taken without the regulariser, are kept.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, integer, within
+from posterity._random import drawn_seed, seeded
+from posterity._stopping import Best
 from posterity.tabular.attributions import latent_attributions
 from posterity.tabular.tangos import TangosPenalty, tangos_terms
 
@@ -121,7 +122,7 @@ class _Tangos(BaseEstimator):
         train, val = train_test_split(
             np.arange(n), test_size=held, stratify=y if even else None, random_state=draw
         )
-        seed = int(draw.randint(2**31 - 1))
+        seed = drawn_seed(draw)
 
         center = {"with_mean": self.standardize, "with_std": self.standardize}
         self.scaler_ = StandardScaler(**center).fit(X[train])
@@ -139,9 +140,7 @@ class _Tangos(BaseEstimator):
 
         shuffle = torch.Generator().manual_seed(seed)
         pairs = torch.Generator(device=device).manual_seed(seed + 1)  # order is the same for any lambda
-        forked = range(torch.cuda.device_count()) if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=forked):
-            torch.manual_seed(seed)  # initial weights and dropout
+        with seeded(seed, device):  # initial weights and dropout
             widths = [d, *(self.hidden if self.hidden is not None else (d + 1, d + 1))]
             net = nn.Sequential(*_hidden_layers(widths, self.dropout))
             head = nn.Linear(int(widths[-1]), n_out)
@@ -152,7 +151,7 @@ class _Tangos(BaseEstimator):
             history: dict[str, list[float]] = {
                 "loss": [], "validation_loss": [], "specialization": [], "orthogonalization": []
             }  # fmt: skip
-            self.best_epoch_, best, state = 0, math.inf, both.state_dict()
+            best, epoch = Best(both, self.patience), 0
             for epoch in range(self.max_epochs):
                 penalised = epoch >= self.warmup_epochs and (self.lambda_spec > 0 or self.lambda_orth > 0)
                 both.train()
@@ -180,11 +179,10 @@ class _Tangos(BaseEstimator):
                 means = (sums / len(train)).tolist()
                 for name, value in zip(history, (means[0], validation, *means[1:]), strict=True):
                     history[name].append(value)
-                if validation < best:
-                    self.best_epoch_, best, state = epoch, validation, copy.deepcopy(both.state_dict())
-                elif epoch - self.best_epoch_ >= self.patience:
+                if best.stop(validation):
                     break
-            both.load_state_dict(state)
+            best.restore()
+        self.best_epoch_ = epoch - best.idle
         self.net_, self.head_, self.history_ = net, head, history
         self.n_iter_ = len(history["loss"])
 

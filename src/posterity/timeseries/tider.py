@@ -26,6 +26,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from posterity._checks import at_least, integer, one_of, within
+from posterity._random import drawn_seed
+from posterity._stopping import Best
 from posterity.timeseries.tider_factors import TiderComponents, TiderFactors, checked_lags, checked_periods
 
 __all__ = ["TIDER"]
@@ -191,7 +193,7 @@ class TIDER(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 f"period {max(periods):g} is seen less than twice in {len(X)} rows", UserWarning, stacklevel=2
             )
         rng = check_random_state(self.random_state)
-        generator = torch.Generator().manual_seed(int(rng.randint(2**31 - 1)))
+        generator = torch.Generator().manual_seed(drawn_seed(rng))
         model = TiderFactors(
             *X.shape, rank=self.rank, bias_rank=self.bias_rank, n_harmonics=self.n_harmonics, period=periods,
             lags=self.lags, generator=generator,
@@ -269,7 +271,7 @@ def train_factors(
     rows, columns = held_out.nonzero(as_tuple=True)
     hidden = X[rows, columns]
     by_channel, weight = X.T.contiguous(), observed.T.to(X.dtype).contiguous()  # a batch is rows of them
-    best, best_epoch, kept, history = math.inf, 0, {}, []
+    best, history, epoch = Best(model, patience), [], 0
     for epoch in range(1, max_epochs + 1):
         total = torch.zeros((), device=X.device)
         order = torch.randperm(n_channels, generator=generator).to(X.device)
@@ -292,14 +294,15 @@ def train_factors(
             raise ValueError(
                 f"lr must be lower, or standardize True: the loss is {float(total)} in epoch {epoch}"
             )
-        if score < best or not len(hidden):
-            best, best_epoch = score, epoch
-            kept = {name: value.clone() for name, value in model.state_dict().items()} if len(hidden) else {}
-        elif epoch - best_epoch >= patience:
+        if len(hidden) and best.stop(score):
             break
-    if kept:
-        model.load_state_dict(kept)
-    return np.array(history), best_epoch
+    best.restore()
+    with torch.no_grad():
+        V, U = model.factors()
+        end = best.score if len(hidden) else float((U @ V.T).square().mean())
+    if not math.isfinite(end):  # the last step alone may diverge
+        raise ValueError(f"lr must be lower, or standardize True: the loss is {end} after epoch {epoch}")
+    return np.array(history), epoch - best.idle
 
 
 def _moments(X: ndarray) -> tuple[ndarray, ndarray]:

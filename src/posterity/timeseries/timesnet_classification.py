@@ -15,7 +15,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from torch.nn import functional as F
 
-from posterity.timeseries.timesnet_training import SeriesEstimator, drawn_seed, seeded
+from posterity._random import drawn_seed, seeded
+from posterity.timeseries.timesnet_training import SeriesEstimator
 
 __all__ = ["TimesNetClassifier"]
 

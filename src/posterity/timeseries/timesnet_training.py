@@ -7,19 +7,19 @@ not improved for a while, and the best weights are kept.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy import ndarray
 from sklearn.base import BaseEstimator
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import validate_data
 from torch import Tensor, nn
 
 from posterity._checks import at_least, integer, within
+from posterity._random import drawn_seed, seeded
+from posterity._stopping import Best
 from posterity.timeseries.timesnet import TimesNet
 
 __all__: list[str] = []
@@ -70,7 +70,10 @@ class SeriesEstimator(BaseEstimator):
 
     def _standardise(self, X: ndarray) -> None:
         rows = X.reshape(-1, X.shape[-1])
-        self.mean_, scale = np.nanmean(rows, axis=0), np.nanstd(rows, axis=0)
+        # squares of what is huge or tiny would not be numbers; a power of two rounds nothing
+        unit = np.ldexp(1.0, np.frexp(np.nanmax(np.abs(rows), axis=0))[1].clip(-1022, 1023))
+        rows = rows / unit
+        self.mean_, scale = np.nanmean(rows, axis=0) * unit, np.nanstd(rows, axis=0) * unit
         constant = scale <= 10 * np.finfo(float).eps * np.abs(self.mean_)  # but for rounding
         # what is constant takes the smallest unit of the others: 1 has no meaning for data of 1e-12
         self.scale_ = np.where(constant, 1.0 if constant.all() else scale[~constant].min(), scale)
@@ -116,7 +119,7 @@ class SeriesEstimator(BaseEstimator):
         self.net_, self.losses_ = net, []
         opt = optimizer(net.parameters(), lr=self.lr)  # type: ignore[call-arg]
         schedule = torch.optim.lr_scheduler.ExponentialLR(opt, decay)
-        best, kept, bad = math.inf, None, 0
+        best, score = Best(net, self.patience), math.nan
         for epoch in range(self.max_epochs):
             self._mode("batch").train()
             total = torch.zeros((), device=self.device)
@@ -135,17 +138,21 @@ class SeriesEstimator(BaseEstimator):
             if len(held_out) == 0:
                 continue
             self._mode("sample").eval()
-            with torch.no_grad(), seeded(0, self.device):  # the same entries are hidden each time
-                parts = held_out.to(self.device).split(self.batch_size)
-                score = sum(len(rows) * float(loss(rows)) for rows in parts) / len(held_out)
-            if score < best:
-                best, bad = score, 0
-                kept = {name: value.clone() for name, value in net.state_dict().items()}
-            elif (bad := bad + 1) >= self.patience:
+            score = self._score(loss, held_out)
+            if best.stop(score):
                 break
-        if kept is not None:
-            net.load_state_dict(kept)
+        best.restore()
         self._mode("sample").eval()
+        if not best.state:  # the last step alone may diverge
+            if len(held_out) == 0:
+                score = self._score(loss, rows)
+            if not math.isfinite(score):
+                raise ValueError(f"lr must be lower: the loss is {score} after epoch {epoch + 1}")
+
+    def _score(self, loss: Callable[[Tensor], Tensor], rows: Tensor) -> float:
+        with torch.no_grad(), seeded(0, self.device):  # the same entries are hidden each time
+            parts = rows.to(self.device).split(self.batch_size)
+            return sum(len(part) * float(loss(part)) for part in parts) / len(rows)
 
     def _mode(self, periods: Literal["batch", "sample"]) -> TimesNet:
         for block in self.net_.blocks:
@@ -160,17 +167,3 @@ class SeriesEstimator(BaseEstimator):
                 for rows in torch.arange(len(x), device=x.device).split(self.batch_size)
             ]
         return torch.cat(out).cpu().numpy()
-
-
-def drawn_seed(random_state: Any) -> int:
-    """Return a seed for torch drawn from ``random_state``."""
-    return int(check_random_state(random_state).randint(2**31 - 1))
-
-
-@contextmanager
-def seeded(seed: int, device: str) -> Iterator[None]:
-    """Run a block under a seed; torch's own state stays, and GPUs that are not used stay asleep."""
-    on_cpu = torch.device(device).type == "cpu"
-    with torch.random.fork_rng(devices=[] if on_cpu else range(torch.cuda.device_count())):
-        (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(seed)
-        yield

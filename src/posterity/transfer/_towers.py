@@ -11,17 +11,15 @@ A model is ``transformers.CLIPModel`` or its kin (``text_model``, ``get_text_fea
 Its parameters are constants here: no gradient reaches them, their flags and modes stay as they were.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from posterity._checks import floating, has_shape
-from posterity._models import evaluating
-from posterity._precision import wide
+from posterity._models import held
+from posterity._precision import unit_rows, wide
 
 __all__ = ["Texts", "Towers", "different_names"]
 
@@ -95,7 +93,7 @@ class Towers:
     def text(self, texts: Texts, embeds: Tensor) -> Tensor:
         """Return the features (m, d) of texts whose word vectors (m, L, w) are given, of unit norm, float32 at least."""
         embeds = embeds.to(self.words.dtype)
-        with _held(self.model):
+        with held(self.model):
             if not self.is_kin:
                 found = self.model.encode_text(texts.ids, inputs_embeds=embeds)
             else:
@@ -108,7 +106,7 @@ class Towers:
 
     def image(self, images: Any) -> Tensor:
         """Return the features (n, d) of images as the model takes them, of unit norm, float32 at least."""
-        with _held(self.model):
+        with held(self.model):
             if not self.is_kin:
                 return _unit(self.model.encode_image(images))
             return _unit(self.model.get_image_features(pixel_values=images))
@@ -185,25 +183,6 @@ def _cut(texts: Texts, length: int) -> Texts:
     return Texts(texts.ids[:, :length], texts.ends, None if texts.mask is None else texts.mask[:, :length])
 
 
-@contextmanager
-def _held(model: nn.Module) -> Iterator[None]:
-    """Keep a model at rest and its parameters constant; afterwards flags and modes are as before, also after an error."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for p in trained:
-            p.requires_grad_(False)
-        with evaluating(model):
-            yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
-
-
 def _unit(output: Any) -> Tensor:
     """Return features of unit norm; newer versions of transformers wrap the projected ones."""
-    features = wide(output if isinstance(output, Tensor) else output.pooler_output)
-    largest = features.detach().abs().amax(1, keepdim=True)
-    # squares of large numbers overflow; a power of two rounds nothing
-    return F.normalize(
-        features / torch.exp2(torch.frexp(largest).exponent.to(features).clamp(-120, 120)), dim=1
-    )
+    return unit_rows(output if isinstance(output, Tensor) else output.pooler_output)

@@ -11,6 +11,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from posterity._checks import integer
+from posterity._random import draw_device
 
 __all__ = ["BalancedMemory"]
 
@@ -107,8 +108,9 @@ class BalancedMemory:
         n = integer("n", n, 1)
         if not self.x:
             raise ValueError(f"n samples cannot be had of an empty memory, got n {n}")
-        device = "cpu" if self.generator is None else self.generator.device
-        rows = torch.randperm(len(self), generator=self.generator, device=device)[:n].tolist()
+        rows = torch.randperm(len(self), generator=self.generator, device=draw_device(self.generator))[
+            :n
+        ].tolist()
         x = torch.stack([self.x[row] for row in rows])
         return x, torch.tensor([self.labels[row] for row in rows], device=x.device)
 
@@ -159,5 +161,4 @@ class BalancedMemory:
         """Return a whole number below n."""
         if n == 1:
             return 0
-        device = "cpu" if self.generator is None else self.generator.device
-        return int(torch.randint(n, (), generator=self.generator, device=device))
+        return int(torch.randint(n, (), generator=self.generator, device=draw_device(self.generator)))

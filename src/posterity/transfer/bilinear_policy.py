@@ -21,6 +21,7 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from posterity._checks import at_least, integer
+from posterity._random import seeded
 from posterity.transfer.bilinear_transduction import BilinearPredictor, _descend, _device, _errors, _widths
 from posterity.transfer.transductive_anchors import _Search, pairwise_deltas
 
@@ -40,7 +41,7 @@ class BilinearTransductionPolicy:
         Dimension of the embeddings of each action, at least 1.
     goal_indices : sequence of int
         Which entries of an observation are the goal, at least one.
-    max_steps : int, default=5000
+    n_steps : int, default=5000
         Steps of Adam, at least 1.
     batch_size : int, default=32
         Pairs of a step, at least 1.
@@ -57,7 +58,7 @@ class BilinearTransductionPolicy:
         Of standardised observations and actions.
     goals_ : ndarray of shape (n_demos, n_goal)
         Goal of each demonstration, from its last observation.
-    loss_curve_ : ndarray of shape (max_steps,)
+    loss_curve_ : ndarray of shape (n_steps,)
     anchor_, distance_ : int, float
         After `reset`: the demonstration that goes along, and how far the goal's difference from its own is from
         the nearest difference of two demonstrations, in units of the deviation of goals: 0 is seen, large is
@@ -89,7 +90,7 @@ class BilinearTransductionPolicy:
     >>> for goal in np.linspace(0, 1, 20):
     ...     s = goal * (1 - (2 / 3) ** np.arange(6.0))
     ...     demos.append({"obs": np.stack([s, np.full(6, goal)], 1), "action": (goal - s)[:, None] / 3})
-    >>> policy = BilinearTransductionPolicy((), 2, goal_indices=[1], max_steps=200, lr=2e-2, random_state=0)
+    >>> policy = BilinearTransductionPolicy((), 2, goal_indices=[1], n_steps=200, lr=2e-2, random_state=0)
     >>> policy = policy.fit(demos)
     >>> demos[policy.reset([0.0, 1.5])]["obs"][-1, 1] >= 0.5  # whose goal is at most 1 away
     np.True_
@@ -98,7 +99,7 @@ class BilinearTransductionPolicy:
     """
 
     def __init__(
-        self, hidden: Sequence[int] = (32,), n_embed: int = 32, *, goal_indices: Sequence[int], max_steps: int = 5000,
+        self, hidden: Sequence[int] = (32,), n_embed: int = 32, *, goal_indices: Sequence[int], n_steps: int = 5000,
         batch_size: int = 32, lr: float = 1e-3, device: str = "cpu", random_state: Any = None,
     ) -> None:  # fmt: skip
         self.hidden = _widths(hidden)
@@ -106,7 +107,7 @@ class BilinearTransductionPolicy:
         if not isinstance(goal_indices, Sequence | ndarray) or not len(goal_indices):
             raise ValueError(f"goal_indices must be a sequence of at least one index, got {goal_indices!r}")
         self.goal_indices = [integer("goal_indices", index, 0) for index in goal_indices]
-        self.max_steps = integer("max_steps", max_steps, 1)
+        self.n_steps = integer("n_steps", n_steps, 1)
         self.batch_size = integer("batch_size", batch_size, 1)
         self.lr = at_least("lr", lr, 0, strict=True)
         self.device = device
@@ -146,8 +147,7 @@ class BilinearTransductionPolicy:
         self._obs = self._tensor((obs[:, :steps] - self._obs_unit[0]) / self._obs_unit[1], device)
         x, y = self._obs, self._tensor((action - self._action_unit[0]) / self._action_unit[1], device)
         generator = torch.Generator(device=device).manual_seed(seeds[1])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds[0])
+        with seeded(seeds[0]):
             net = BilinearPredictor(x.shape[2], y.shape[2], n_embed=self.n_embed, hidden=self.hidden).to(x)
 
         def step() -> Tensor:
@@ -156,7 +156,7 @@ class BilinearTransductionPolicy:
             anchor = x[i, t]
             return _errors(net(anchor, x[j, t] - anchor), y[j, t], "norm").mean()
 
-        self.loss_curve_ = _descend(net.parameters(), step, self.max_steps, self.lr, "constant")
+        self.loss_curve_ = _descend(net.parameters(), step, self.n_steps, self.lr, "constant")
         self.predictor_, self._t = net, -1
         return self
 

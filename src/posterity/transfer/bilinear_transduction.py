@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape, integer, one_of
 from posterity._precision import widened
+from posterity._random import seeded
 from posterity.transfer.transductive_anchors import _labels, _Pairs, _Search, pairwise_deltas
 
 __all__ = ["BilinearPredictor", "BilinearTransductionRegressor"]
@@ -123,13 +124,13 @@ class BilinearTransductionRegressor(MultiOutputMixin, RegressorMixin, BaseEstima
         that learns which anchors tell about which points.
     loss : {"norm", "squared"}, default="norm"
         Mean Euclidean norm of the error, as the official code has it, or mean square of that.
-    max_steps : int, default=5000
+    n_steps : int, default=5000
         Steps of Adam, at least 1.
     batch_size : int, default=32
         Pairs of a step, at least 1. For "learned" so many points (at most all), each paired with each other.
     lr : float, default=1e-3
         Of Adam, positive.
-    lr_schedule : {"constant", "cosine"}, default="constant"
+    schedule : {"constant", "cosine"}, default="constant"
         Whether the rate falls to 0 over the steps.
     n_deltas : int or None, default=20_000
         Training differences to compare with, a sample of all, at least 1; the difference 0 is always among them.
@@ -152,7 +153,7 @@ class BilinearTransductionRegressor(MultiOutputMixin, RegressorMixin, BaseEstima
         Of standardised anchors and differences.
     x_train_, train_deltas_ : ndarray of shape (n, d), (m, d)
         Standardised training points, and the differences to compare with.
-    loss_curve_ : ndarray of shape (max_steps,)
+    loss_curve_ : ndarray of shape (n_steps,)
     n_features_in_ : int
     feature_names_in_ : ndarray
 
@@ -188,7 +189,7 @@ class BilinearTransductionRegressor(MultiOutputMixin, RegressorMixin, BaseEstima
     >>> from posterity.transfer import BilinearTransductionRegressor
     >>> X = np.linspace(0, 1, 40)[:, None]
     >>> model = BilinearTransductionRegressor(
-    ...     (16,), 2, loss="squared", lr=2e-2, lr_schedule="cosine", max_steps=300, random_state=0
+    ...     (16,), 2, loss="squared", lr=2e-2, schedule="cosine", n_steps=300, random_state=0
     ... ).fit(X, np.exp(2 * X[:, 0]))
     >>> bool(abs(model.predict([[1.3]])[0] / np.exp(2.6) - 1) < 0.25)  # beyond all that was seen
     True
@@ -204,18 +205,18 @@ class BilinearTransductionRegressor(MultiOutputMixin, RegressorMixin, BaseEstima
     def __init__(
         self, hidden: Sequence[int] = (32, 32), n_embed: int = 32, *,
         pairing: Literal["uniform", "groups", "learned"] = "uniform", loss: Literal["norm", "squared"] = "norm",
-        max_steps: int = 5000, batch_size: int = 32, lr: float = 1e-3,
-        lr_schedule: Literal["constant", "cosine"] = "constant", n_deltas: int | None = 20_000, n_anchors: int = 1,
+        n_steps: int = 5000, batch_size: int = 32, lr: float = 1e-3,
+        schedule: Literal["constant", "cosine"] = "constant", n_deltas: int | None = 20_000, n_anchors: int = 1,
         radius: float | None = None, standardize: bool = True, device: str = "cpu", random_state: Any = None,
     ) -> None:  # fmt: skip
         self.hidden = hidden
         self.n_embed = n_embed
         self.pairing = pairing
         self.loss = loss
-        self.max_steps = max_steps
+        self.n_steps = n_steps
         self.batch_size = batch_size
         self.lr = lr
-        self.lr_schedule = lr_schedule
+        self.schedule = schedule
         self.n_deltas = n_deltas
         self.n_anchors = n_anchors
         self.radius = radius
@@ -336,11 +337,11 @@ class BilinearTransductionRegressor(MultiOutputMixin, RegressorMixin, BaseEstima
 
     def _check_parameters(self, n: int) -> torch.device:
         _widths(self.hidden)
-        for name in ("n_embed", "max_steps", "batch_size", "n_anchors"):
+        for name in ("n_embed", "n_steps", "batch_size", "n_anchors"):
             integer(name, getattr(self, name), 1)
         one_of("pairing", self.pairing, PAIRINGS)
         one_of("loss", self.loss, LOSSES)
-        one_of("lr_schedule", self.lr_schedule, SCHEDULES)
+        one_of("schedule", self.schedule, SCHEDULES)
         at_least("lr", self.lr, 0, strict=True)
         if self.n_deltas is not None:
             integer("n_deltas", self.n_deltas, 1)
@@ -355,8 +356,7 @@ class BilinearTransductionRegressor(MultiOutputMixin, RegressorMixin, BaseEstima
     def _train(self, x: Tensor, y: Tensor, codes: ndarray | None, seed: int, seed_pairs: int) -> None:
         generator = torch.Generator(device=x.device).manual_seed(seed_pairs)
         hidden, d, n = _widths(self.hidden), x.shape[1], len(x)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             net = BilinearPredictor(d, y.shape[1], n_embed=self.n_embed, hidden=hidden).to(x)
             self._scorer = _layers((2 * d, *hidden, 1)).to(x) if self.pairing == "learned" else None
         pairs = _Pairs(n, codes, generator, x.device)
@@ -377,7 +377,7 @@ class BilinearTransductionRegressor(MultiOutputMixin, RegressorMixin, BaseEstima
 
         modules = [net] if self._scorer is None else [net, self._scorer]
         parameters = [p for module in modules for p in module.parameters()]
-        self.loss_curve_ = _descend(parameters, step, self.max_steps, self.lr, self.lr_schedule)
+        self.loss_curve_ = _descend(parameters, step, self.n_steps, self.lr, self.schedule)
         self.predictor_ = net
 
     def _deltas(self, x: Tensor, codes: ndarray | None, seed: int) -> None:
@@ -414,15 +414,13 @@ def _errors(predicted: Tensor, target: Tensor, loss: str) -> Tensor:
 
 
 def _descend(
-    parameters: Iterable[Tensor], step: Callable[[], Tensor], max_steps: int, lr: float, lr_schedule: str
+    parameters: Iterable[Tensor], step: Callable[[], Tensor], n_steps: int, lr: float, schedule: str
 ) -> ndarray:
     """Take steps of Adam and return the losses."""
     optimizer = torch.optim.Adam(list(parameters), lr=lr, fused=True)
-    falling = (
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps) if lr_schedule == "cosine" else None
-    )
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps) if schedule == "cosine" else None
     losses = []  # which stay on the device until the end
-    for _ in range(max_steps):
+    for _ in range(n_steps):
         loss = step()
         optimizer.zero_grad()
         loss.backward()

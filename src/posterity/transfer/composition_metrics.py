@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from posterity._checks import class_indices, floating, has_shape, integer
+from posterity._checks import class_indices, floating, has_shape, indices, integer
 from posterity._precision import wide
 
 __all__ = ["CompositionMetrics", "composition_metrics"]
@@ -177,10 +177,7 @@ def _best(scores: Tensor, seen: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Te
 
 
 def _candidates(pairs: Any, m: int) -> Tensor:
-    dtype = pairs.dtype if isinstance(pairs, Tensor) else None
-    if dtype is None or dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
-        raise ValueError(f"pairs must hold indices, got {dtype or type(pairs).__name__}")
-    pairs = has_shape("pairs", pairs, (m, 2), "the candidates of scores").cpu().long()
+    pairs = indices("pairs", pairs, (m, 2), source="the candidates of scores").cpu().long()
     _, counts = pairs.unique(dim=0, return_counts=True)
     if bool((counts > 1).any()):
         raise ValueError("pairs must be different, got one twice")

@@ -13,8 +13,8 @@ and what the units that were important before say alone makes room for what is n
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any, Literal
 
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from posterity._checks import at_least, integer
+from posterity._checks import at_least, integer, scalar
 from posterity._models import evaluating
 from posterity._precision import NARROW, wide
+from posterity._random import seed_from, seeded
 from posterity.transfer.integration import (
     dropping,
     integration_loss,
@@ -399,8 +400,8 @@ class ContinualPretrainer:
     def _loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Return the pre-training loss."""
         if callable(self.objective):
-            value = self.objective(model, batch)
-            if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+            value = scalar("objective", self.objective(model, batch))
+            if not value.requires_grad:
                 raise ValueError(f"objective must return a scalar with a gradient, got {value!r}")
             return value
         ids, seen = batch["input_ids"], batch["attention_mask"] != 0
@@ -431,17 +432,9 @@ class ContinualPretrainer:
             negative = _pooled(last_hidden(self.model, batch), batch["attention_mask"])
         return integration_loss(anchor, positive, negative, temperature=self.temperature)
 
-    @contextmanager
-    def _draws(self) -> Iterator[None]:
+    def _draws(self) -> AbstractContextManager[None]:
         """Let dropout, which takes no generator, follow ours, and leave torch's own state as it was."""
-        seed = int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device))
-        devices = [] if self.device.type == "cpu" else [self.device]
-        kind = "cuda" if self.device.type == "cpu" else self.device.type
-        with torch.random.fork_rng(devices=devices, device_type=kind):
-            torch.default_generator.manual_seed(seed)
-            if devices:
-                getattr(torch, kind).manual_seed(seed)
-            yield
+        return seeded(seed_from(self.generator), self.device)
 
 
 def _pooled(hidden: Float[Tensor, "n L h"], mask: Tensor) -> Float[Tensor, "n h"]:

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from posterity._checks import finite, floating, has_shape, integer, within
-from posterity._precision import wide, widened
+from posterity._checks import finite, floating, has_shape, indices, integer, within
+from posterity._precision import unit_rows, wide, widened
 from posterity.transfer._towers import Texts, Towers, different_names
 
 __all__ = ["CompositionalPrompts", "feasibility", "feasible_logits"]
@@ -228,10 +227,7 @@ class CompositionalPrompts(nn.Module):
 
     def _rows(self, pairs: Any) -> Tensor:
         """Return the rows of the table that compositions are made of."""
-        dtype = pairs.dtype if isinstance(pairs, Tensor) else None
-        if dtype is None or dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
-            raise ValueError(f"pairs must hold indices, got {dtype or type(pairs).__name__}")
-        if pairs.ndim != 2 or pairs.shape[1] < 2 or not len(pairs):
+        if indices("pairs", pairs, (None, None)).shape[1] < 2 or not len(pairs):
             raise ValueError(
                 f"pairs must have shape (m, 2) or (m, k), k > 2, m > 0, got {tuple(pairs.shape)}"
             )
@@ -404,10 +400,7 @@ def feasible_logits(
 
 def _two(name: str, pairs: Any, sizes: tuple[int, ...]) -> Tensor:
     """Return pairs of indices of an attribute and an object."""
-    dtype = pairs.dtype if isinstance(pairs, Tensor) else None
-    if dtype is None or dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
-        raise ValueError(f"{name} must hold indices, got {dtype or type(pairs).__name__}")
-    has_shape(name, pairs, (None, 2), "attribute and object")
+    indices(name, pairs, (None, 2), source="attribute and object")
     for what, column, n in zip(("attribute", "object"), pairs.T, sizes, strict=True):
         if len(column) and not 0 <= int(column.min()) <= int(column.max()) < n:
             low, high = (int(edge) for edge in column.aminmax())
@@ -425,7 +418,7 @@ def _which(name: str, value: Any, m: int) -> Tensor:
 
 def _nearest(embeddings: Tensor, seen: Tensor) -> Tensor:
     """Return the largest cosine of each word (column) with one that was seen with each partner (row), or -1."""
-    unit = F.normalize(embeddings, dim=1)
+    unit = unit_rows(embeddings) if embeddings.shape[1] else embeddings
     cosine = unit @ unit.T
     none = cosine.new_full((len(cosine),), -1.0)
     rows = [cosine[:, mates].amax(1) if bool(mates.any()) else none for mates in seen.to(cosine.device)]

@@ -2,7 +2,7 @@
 
 A sample of class i of N, in a random order of the classes, arrives at
 
-    time ~ Normal(i / N, sigma) + period ,   period uniform in 0 .. repeats - 1 ,                            (1)
+    time ~ Normal(i / N, sigma) + period ,   period uniform in 0 .. n_repeats - 1 ,                            (1)
 
 so that classes fade in and out, several at a time; sigma = 0 gives tasks of one class with sharp boundaries. Some
 classes may exist from a later period on only.
@@ -39,7 +39,7 @@ class Stream(NamedTuple):
 
 
 def gaussian_stream(
-    y: Int[Tensor, " n"], *, sigma: float = 0.1, repeats: int = 1, initial_classes: float = 1.0,
+    y: Int[Tensor, " n"], *, sigma: float = 0.1, n_repeats: int = 1, initial_classes: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Stream:  # fmt: skip
     """Return in which order samples arrive where their classes come and go gradually, equation 1.
@@ -50,11 +50,11 @@ def gaussian_stream(
         Labels, any integers.
     sigma : float, default=0.1
         Standard deviation of the times of a class, at least 0; a period lasts 1.
-    repeats : int, default=1
+    n_repeats : int, default=1
         Periods, at least 1.
     initial_classes : float, default=1.0
         Share of the classes that exist from the start, in [0, 1]. In period p, from 0, as many exist as the nearest
-        integer to N (initial + (1 - initial) (p + 1) / repeats); a sample drawn for a period before its class
+        integer to N (initial + (1 - initial) (p + 1) / n_repeats); a sample drawn for a period before its class
         exists never comes.
     generator : torch.Generator, optional
         Draws everything; torch's own where it is None.
@@ -87,7 +87,7 @@ def gaussian_stream(
     if not len(y):
         raise ValueError(f"y must have at least one row, got shape {tuple(y.shape)}")
     at_least("sigma", sigma, 0)
-    repeats = integer("repeats", repeats, 1)
+    n_repeats = integer("n_repeats", n_repeats, 1)
     within("initial_classes", initial_classes, 0, 1)
     device = draw_device(generator, torch.device("cpu"))
     labels, codes = y.unique(return_inverse=True)
@@ -98,14 +98,14 @@ def gaussian_stream(
     if initial_classes < 1:
         order = torch.randperm(n_classes, generator=generator, device=device)
         exist = [
-            round(n_classes * (initial_classes + (1 - initial_classes) * (p + 1) / repeats))
-            for p in range(repeats)
+            round(n_classes * (initial_classes + (1 - initial_classes) * (p + 1) / n_repeats))
+            for p in range(n_repeats)
         ]
-        for p in range(1, repeats):
+        for p in range(1, n_repeats):
             start[order[exist[p - 1] : exist[p]]] = p
     shuffled = torch.randperm(n, generator=generator, device=device)  # equal times in any order
     own = codes[shuffled]
-    period = torch.randint(repeats, (n,), generator=generator, device=device)
+    period = torch.randint(n_repeats, (n,), generator=generator, device=device)
     noise = torch.randn(n, generator=generator, device=device)
     time = (turn[own].double() / n_classes + sigma * noise.double()) + period
     comes = period >= start[own]

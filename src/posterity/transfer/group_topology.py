@@ -47,7 +47,7 @@ class Topology(NamedTuple):
 
 def learn_topology(
     features: Float[Tensor, "n d"], groups: Int[Tensor, " n"], *, percentile: float = 40.0,
-    method: Method | Callable[..., Any] = "sliced", generator: torch.Generator | None = None, **kw: Any,
+    method: Method | Callable[..., Any] = "sliced", generator: torch.Generator | None = None, **kwargs: Any,
 ) -> Topology:  # fmt: skip
     """Return the topology of groups from features of their samples, each feature scaled to [0, 1].
 
@@ -60,10 +60,10 @@ def learn_topology(
     percentile : float, default=40.0
         Of `distance_graph`: the official settings are 80 for 15 groups and 40 for 60.
     method : str or callable, default="sliced"
-        Of `group_distances`, which also takes ``**kw``.
+        Of `group_distances`, which also takes ``**kwargs``.
     generator : torch.Generator, optional
         Draws the directions of ``"sliced"``.
-    **kw
+    **kwargs
         Further arguments of `group_distances`.
 
     Returns
@@ -94,7 +94,7 @@ def learn_topology(
     scaled = (wide(features) - wide(low)) / (wide(high) - wide(low)).clamp_min(
         torch.finfo(torch.float32).tiny
     )
-    distances = group_distances(scaled, groups, method=method, generator=generator, **kw)
+    distances = group_distances(scaled, groups, method=method, generator=generator, **kwargs)
     adjacency = distance_graph(distances, percentile=percentile)
     return Topology(distances, adjacency, topology_prior(adjacency))
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._checks import at_least, floating, has_shape
-from posterity._precision import wide, widened
+from posterity._precision import unit_rows, wide, widened
 
 __all__ = ["integration_loss", "proxy_loss"]
 
@@ -150,7 +150,7 @@ def integration_loss(
     against = [has_shape("positive", floating("positive", positive), (n, d), "anchor")]
     if negative is not None:
         against.append(has_shape("negative", floating("negative", negative), (n, d), "anchor"))
-    a, others = F.normalize(anchor, dim=1), F.normalize(torch.cat(against).to(anchor), dim=1)
+    a, others = unit_rows(anchor), unit_rows(torch.cat(against).to(anchor))
     return F.cross_entropy(a @ others.T / temperature, torch.arange(n, device=a.device))
 
 

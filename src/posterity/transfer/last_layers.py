@@ -59,6 +59,8 @@ def _jacobian(network: _LastLayer, theta: dict[str, Tensor], x: Tensor) -> Tenso
 
     try:
         parts = vmap(jacrev(one), in_dims=(None, 0))(theta, x)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # a module that vmap cannot take, as recurrent ones: row by row
         each = [jacrev(one, chunk_size=1)(theta, point) for point in x]
         parts = {name: torch.stack([part[name] for part in each]) for name in theta}

@@ -18,8 +18,7 @@ the learning rate falls with 1 - C.
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from torch.optim import Optimizer
 from posterity._checks import at_least, class_indices, finite, floating, integer
 from posterity._models import evaluating
 from posterity._precision import NARROW, wide
+from posterity._random import seed_from, seeded
 from posterity.transfer.balanced_memory import BalancedMemory
 from posterity.transfer.feature_prior import prior_loss
 from posterity.transfer.scheduled_teacher import ScheduledTeacher
@@ -352,7 +352,7 @@ class ScheduledDataPrior:
         """Make a step on a batch of the memory, and let the teacher follow."""
         x, y = self.memory.sample(self.batch_size)
         y_mix, lam = None, 1.0
-        with self._draws():
+        with seeded(seed_from(self.generator), self.device):  # for what is drawn without a generator
             if self.augment is not None:
                 x = self.augment(x)
                 if len(x) != len(y):
@@ -425,18 +425,6 @@ class ScheduledDataPrior:
             return torch.cat(
                 [self._scores(self._features(self.body, part)) for part in self._samples(x).split(AT_ONCE)]
             )
-
-    @contextmanager
-    def _draws(self) -> Iterator[None]:
-        """Let what is drawn without a generator follow ours, and leave torch's own state as it was."""
-        seed = int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device))
-        devices = [] if self.device.type == "cpu" else [self.device]
-        kind = "cuda" if self.device.type == "cpu" else self.device.type
-        with torch.random.fork_rng(devices=devices, device_type=kind):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes note of where it was called
-            if devices:
-                getattr(torch, kind).manual_seed(seed)
-            yield
 
 
 def _set_modes(modules: Iterable[nn.Module], training: bool, n: int = 2) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posterity._checks import finite, floating, has_shape
+from posterity._checks import finite, floating, has_shape, scalar
 from posterity._precision import wide
 from posterity.transfer.transformer_units import Units, by_name, unit_scales
 
@@ -24,7 +24,7 @@ __all__ = ["merge_importance", "normalize_importance", "soft_mask_gradients", "u
 
 @torch.inference_mode(False)  # grad mode too
 def unit_importance(
-    model: nn.Module, units: Sequence[Units], batches: Iterable, loss: Callable[[nn.Module, Any], Tensor]
+    model: nn.Module, units: Sequence[Units], batches: Iterable, loss_fn: Callable[[nn.Module, Any], Tensor]
 ) -> dict[str, Tensor]:
     """Return the mean gradient of a loss in the scales of all units, by one backward pass a batch.
 
@@ -36,8 +36,8 @@ def unit_importance(
         As `find_units` returns them.
     batches : iterable
         At least one; each counts alike.
-    loss : callable
-        ``loss(model, batch)``, a scalar.
+    loss_fn : callable
+        ``loss_fn(model, batch)``, a scalar.
 
     Returns
     -------
@@ -71,8 +71,8 @@ def unit_importance(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
     named = by_name(units)
-    if not callable(loss):
-        raise ValueError(f"loss must be callable, got {type(loss).__name__}")
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
     if not isinstance(batches, Iterable):
         raise ValueError(f"batches must be iterable, got {type(batches).__name__}")
     scales = {
@@ -83,14 +83,14 @@ def unit_importance(
     n = 0
     for batch in batches:
         with unit_scales(units, scales), torch.autocast(_first(units[0]).device.type, enabled=False):
-            value = loss(model, _outside(batch))
-            if not isinstance(value, Tensor) or value.ndim or not bool(value.isfinite()):
-                raise ValueError(f"loss must return a finite scalar tensor, got {value}")
+            value = finite("what loss_fn returns", scalar("loss_fn", loss_fn(model, _outside(batch))))
             if not value.requires_grad:
-                raise ValueError("loss must depend on a unit, and have a gradient")
+                raise ValueError("loss_fn must depend on a unit, and have a gradient")
             slopes = torch.autograd.grad(value, list(scales.values()), allow_unused=True)
         if all(slope is None for slope in slopes):
-            raise ValueError("loss must depend on a unit: units are of another model than the one it calls")
+            raise ValueError(
+                "loss_fn must depend on a unit: units are of another model than the one it calls"
+            )
         for name, slope in zip(scales, slopes, strict=True):
             if slope is not None:
                 total[name] += slope

@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from posterity._checks import integer, within
+from posterity._random import draw_device
 from posterity.transfer.integration import token_batch
 
 __all__ = ["mask_tokens"]
@@ -86,7 +87,7 @@ def hidden_tokens(
     """Return inputs and labels, of which only eligible tokens are chosen."""
     if not bool(eligible.any()):
         raise ValueError("input_ids must have tokens that are neither special nor padding, got none")
-    where = ids.device if generator is None else generator.device
+    where = draw_device(generator, ids.device)
     rank, fate = torch.rand(2, *ids.shape, generator=generator, device=where).to(ids.device)
     chosen = eligible & (rank < probability)
     if not bool(chosen.any()):  # the least likely of each row, which is any with equal probability

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from posterity._checks import at_least, floating, integer, one_of
 from posterity._precision import widened
-from posterity._random import draw_device
+from posterity._random import draw_device, seed_from
 
 __all__ = ["QuasiSlicedWasserstein", "sliced_wasserstein", "sphere_points"]
 
@@ -87,7 +87,7 @@ def sphere_points(
     else:
         seed = None
         if randomize == "scramble":
-            seed = int(torch.randint(2**31, (), generator=generator, device=draw_device(generator)))
+            seed = seed_from(generator)
         points = _points(n, method) if seed is None else _sobol(n, method, seed)
         if randomize == "rotate":
             points = points @ _rotations((), generator).to(points)
@@ -260,7 +260,7 @@ class QuasiSlicedWasserstein(nn.Module):
                 sphere_points(self.n_directions, self.method, **options)  # type: ignore[arg-type]
                 for _ in range(math.prod(batch))
             ]
-            return torch.stack(sets).view(*batch, self.n_directions, 3)
+            return torch.cat(sets or [self.directions[:0]]).view(*batch, self.n_directions, 3)
         return self.directions
 
 

@@ -20,8 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from posterity._checks import at_least, finite, floating, has_shape, integer, one_of, within
+from posterity._checks import at_least, class_indices, finite, floating, has_shape, integer, one_of, within
 from posterity._precision import wide, widened
+from posterity._processes import all_rows, n_processes
 from posterity.uncertainty.knn_score import _directions
 
 __all__ = [
@@ -161,7 +162,9 @@ class CIDERLoss(nn.Module):
             moved = fixed = F.normalize(self.prototypes.to(embeddings), dim=1)
         else:
             if self.training:
-                rows, classes = _of_all_processes(self.prototypes, embeddings, target)
+                if n_processes() > 1:
+                    distributed.broadcast(self.prototypes, 0)
+                rows, classes = all_rows(embeddings, target)
                 moved = update_prototypes(self.prototypes.to(embeddings), rows, classes, self.momentum)
                 self.prototypes.copy_(moved.detach())
             else:
@@ -172,7 +175,7 @@ class CIDERLoss(nn.Module):
 
     def _check(self, embeddings: Tensor, target: Tensor) -> Tensor:
         has_shape("embeddings", floating("embeddings", embeddings), (None, self.dim))
-        target = _check_target(target, len(embeddings), self.n_classes)
+        target = class_indices("target", target, len(embeddings), self.n_classes).long()
         if embeddings.device.type == "cpu":
             length = finite("embeddings", wide(embeddings.detach())).norm(dim=1)
             if len(length) and float((length - 1).abs().max()) > OFF_ONE:
@@ -212,7 +215,7 @@ def update_prototypes(
     """
     within("momentum", momentum, 0, 1, open_high=True)
     has_shape("embeddings", embeddings, (None, prototypes.shape[1]))
-    target = _check_target(target, len(embeddings), len(prototypes))
+    target = class_indices("target", target, len(embeddings), len(prototypes)).long()
     if len(target) == 0:
         return prototypes
     order = target.argsort(stable=True)
@@ -292,7 +295,7 @@ def compactness_loss(
     """
     at_least("temperature", temperature, 0, strict=True)
     has_shape("embeddings", floating("embeddings", embeddings), (None, prototypes.shape[1]))
-    target = _check_target(target, len(embeddings), len(prototypes))
+    target = class_indices("target", target, len(embeddings), len(prototypes)).long()
     return F.cross_entropy(embeddings @ prototypes.T / temperature, target)
 
 
@@ -321,7 +324,7 @@ def hypersphere_geometry(
         ``separability``, by how much further from the nearest prototype those inputs are.
     """
     has_shape("prototypes", prototypes, (None, embeddings.shape[1]), "embeddings")
-    target = _check_target(target, len(embeddings), len(prototypes))
+    target = class_indices("target", target, len(embeddings), len(prototypes)).long()
     z = _directions("embeddings", embeddings).double()
     mu = _directions("prototypes", prototypes).double()
 
@@ -341,41 +344,3 @@ def hypersphere_geometry(
         outside = degrees((_directions("ood", ood).double() @ mu.T).amax(1)).mean()
         result["separability"] = float(outside - degrees(to_all.amax(1)).mean())
     return result
-
-
-def _of_all_processes(prototypes: Tensor, embeddings: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the batches of all processes together, and give all of them the prototypes of the first."""
-    n = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-    if n == 1:
-        return embeddings, target
-    distributed.broadcast(prototypes, 0)
-    counts = _gathered(target.new_tensor([len(target)], dtype=torch.int64)).tolist()
-    padded = (0, max(counts) - len(target))
-    kept = torch.arange(max(counts), device=target.device) < target.new_tensor(counts)[:, None]
-    classes = _gathered(F.pad(target.long(), padded)).view(n, -1)[kept]
-    rows = _gathered(F.pad(embeddings.detach(), (0, 0, *padded))).view(n, -1, embeddings.shape[1])[kept]
-    # others' rows are constants here, as are ours to them: n times our gradient, averaged over the n
-    # processes, is the gradient of the joint batch
-    first = sum(counts[: distributed.get_rank()])
-    ours = embeddings.detach() + n * (embeddings - embeddings.detach())
-    return torch.cat([rows[:first], ours, rows[first + len(ours) :]]), classes
-
-
-def _gathered(x: Tensor) -> Tensor:
-    parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-def _check_target(target: Tensor, n: int, n_classes: int) -> Tensor:
-    """Return classes as 64-bit integers."""
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(
-            f"target must be a tensor of integers, got {getattr(target, 'dtype', type(target).__name__)}"
-        )
-    has_shape("target", target, (n,), "embeddings")
-    if n and target.device.type == "cpu":
-        low, high = target.aminmax()
-        if int(low) < 0 or int(high) >= n_classes:
-            raise ValueError(f"target must be in 0..{n_classes - 1}, got {int(low)} to {int(high)}")
-    return target.long()

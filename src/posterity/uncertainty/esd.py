@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from posterity._checks import at_least, floating, has_shape, integer
+from posterity._checks import at_least, class_indices, floating, has_shape, integer, needs
 from posterity._precision import wide, widened
 
 try:
@@ -176,10 +176,7 @@ class ESDMetric(Metric):
     higher_is_better = False
 
     def __init__(self, *, root: bool = True, **kwargs: Any) -> None:
-        if torchmetrics is None:
-            raise ModuleNotFoundError(
-                'torchmetrics is needed for ESDMetric: pip install "posterity[uncertainty]"'
-            )
+        needs("torchmetrics", "uncertainty")
         super().__init__(**kwargs)
         self.root = root
         self.add_state("confidence", [], dist_reduce_fx="cat")
@@ -355,12 +352,7 @@ def _top_label(
         raise ValueError(
             f"{name} must have at least {at_least_n} rows, got {n}: fewer have no unbiased estimate"
         )
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise ValueError(f"target must hold class indices, got dtype {target.dtype}")
-    has_shape("target", target, (n,), name)
-    if target.device.type == "cpu" and n and not ((target >= 0) & (target < classes)).all():
-        low, high = target.aminmax()
-        raise ValueError(f"target must be in 0..{classes - 1} for {name}, got values from {low} to {high}")
+    class_indices("target", target, n, classes)
     top = logits.argmax(1, keepdim=True)
     confidence = logits.softmax(1).gather(1, top)[:, 0]
     if confidence.device.type == "cpu" and bool(confidence.isnan().any()):

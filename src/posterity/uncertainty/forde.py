@@ -42,7 +42,7 @@ def input_gradient_repulsion(
 
     Parameters
     ----------
-    gradients : Tensor of shape (n_members, batch, *input_shape)
+    gradients : Tensor of shape (n_models, batch, *input_shape)
         Input gradients; only their directions count. R is differentiated with respect to
         each member with the others and the bandwidths held still, so the result is the
         force on a particle, not the gradient of the value.
@@ -57,7 +57,7 @@ def input_gradient_repulsion(
     Returns
     -------
     Tensor
-        A scalar in [0, (n_members / batch) log n_members]: the upper end for identical
+        A scalar in [0, (n_models / batch) log n_models]: the upper end for identical
         members, 0 for a single one.
 
     Raises
@@ -84,12 +84,12 @@ def input_gradient_repulsion(
     floating("gradients", gradients)
     if gradients.ndim < 2 or gradients.numel() == 0:
         raise ValueError(
-            "gradients must have shape (n_members, batch, *input_shape), none of them 0, "
+            "gradients must have shape (n_models, batch, *input_shape), none of them 0, "
             f"got {tuple(gradients.shape)}"
         )
     at_least("eps", eps, 0, strict=True)
-    n_members, batch = gradients.shape[:2]
-    u = gradients.reshape(n_members, batch, -1)
+    n_models, batch = gradients.shape[:2]
+    u = gradients.reshape(n_models, batch, -1)
     tiny, floor = torch.finfo(u.dtype).tiny, FLOOR
     if components is not None or scales is not None:
         components, scales = _check_components(components, scales)
@@ -106,8 +106,8 @@ def input_gradient_repulsion(
     # |u_i|^2 has twice the gradient of <u_i, bar u_i>, at the same value; D_ii is exactly 0
     distance = (2 * own - own.detach())[:, :, None] + own.detach()[:, None, :] - 2 * inner
     distance = distance.clamp_min(0)  # (batch, i, j)
-    middle = distance.detach().sort(1).values[:, (n_members - 1) // 2 : n_members // 2 + 1].mean(1)
-    bandwidth = middle / math.log(max(n_members, 2)) + floor  # (batch, j)
+    middle = distance.detach().sort(1).values[:, (n_models - 1) // 2 : n_models // 2 + 1].mean(1)
+    bandwidth = middle / math.log(max(n_models, 2)) + floor  # (batch, j)
     kernel = torch.logsumexp(-distance / bandwidth[:, None, :], dim=(0, 2))
     return (kernel - math.log(batch)).sum() / batch
 
@@ -171,9 +171,9 @@ class RepulsiveEnsemble(nn.Module):
 
     Parameters
     ----------
-    make_member : callable
+    make_model : callable
         Returns a new module, with new random weights, at each call.
-    n_members : int, default=10
+    n_models : int, default=10
         At least 1.
 
     Attributes
@@ -184,25 +184,25 @@ class RepulsiveEnsemble(nn.Module):
     Raises
     ------
     ValueError
-        If ``n_members`` is less than 1, ``make_member`` returns one module twice, or members
+        If ``n_models`` is less than 1, ``make_model`` returns one module twice, or members
         give outputs of different sizes.
 
     Examples
     --------
     >>> import torch
     >>> from posterity.uncertainty import FoRDELoss, RepulsiveEnsemble
-    >>> ensemble = RepulsiveEnsemble(lambda: torch.nn.Linear(4, 3), n_members=5)
+    >>> ensemble = RepulsiveEnsemble(lambda: torch.nn.Linear(4, 3), n_models=5)
     >>> x, y = torch.randn(8, 4), torch.arange(8) % 3
     >>> FoRDELoss()(ensemble, x, y).backward()
     >>> ensemble(x).shape, ensemble.predict_proba(x).shape
     (torch.Size([5, 8, 3]), torch.Size([8, 3]))
     """
 
-    def __init__(self, make_member: Callable[[], nn.Module], n_members: int = 10) -> None:
+    def __init__(self, make_model: Callable[[], nn.Module], n_models: int = 10) -> None:
         super().__init__()
-        members = [make_member() for _ in range(integer("n_members", n_members, 1))]
+        members = [make_model() for _ in range(integer("n_models", n_models, 1))]
         if len({id(member) for member in members}) < len(members):
-            raise ValueError("make_member must return a new module at each call, got one module twice")
+            raise ValueError("make_model must return a new module at each call, got one module twice")
         self.members = nn.ModuleList(members)
 
     def forward(self, x: Shaped[Tensor, " n *shape"]) -> Float[Tensor, "members n *outputs"]:
@@ -215,7 +215,7 @@ class RepulsiveEnsemble(nn.Module):
 
         Returns
         -------
-        Tensor of shape (n_members, n, classes)
+        Tensor of shape (n_models, n, classes)
             Logits, or whatever a member returns.
         """
         return _evaluate(list(self.members), x)[0]
@@ -281,7 +281,7 @@ class FoRDELoss(nn.Module):
     >>> import torch
     >>> from posterity.uncertainty import FoRDELoss, RepulsiveEnsemble, fit_input_components
     >>> x, y = torch.randn(32, 6), torch.arange(32) % 3
-    >>> ensemble = RepulsiveEnsemble(lambda: torch.nn.Linear(6, 3), n_members=4)
+    >>> ensemble = RepulsiveEnsemble(lambda: torch.nn.Linear(6, 3), n_models=4)
     >>> criterion = FoRDELoss(*fit_input_components(x))
     >>> criterion(ensemble, x, y).backward()
     """
@@ -354,12 +354,12 @@ class FoRDELoss(nn.Module):
 
     def _fit(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum over members of the mean loss, and the score whose gradient is compared."""
-        outputs, (n_members, n) = wide(outputs), outputs.shape[:2]
+        outputs, (n_models, n) = wide(outputs), outputs.shape[:2]
         if target.is_floating_point():
             has_shape("target", target, tuple(outputs.shape[1:]), "the members' outputs")
             return (outputs - target).square().sum() / (2 * n), outputs.sum()
         has_shape("target", target, (n,), "x")
-        has_shape("members' outputs", outputs, (n_members, n, None), "classes")
+        has_shape("members' outputs", outputs, (n_models, n, None), "classes")
         classes = outputs.shape[2]
         if target.dtype != torch.int64:
             raise ValueError(f"target must hold class indices of dtype int64, got dtype {target.dtype}")
@@ -368,9 +368,9 @@ class FoRDELoss(nn.Module):
             raise ValueError(
                 f"target must be in 0..{classes - 1} for the members, got values from {low} to {high}"
             )
-        every = target.repeat(n_members)
+        every = target.repeat(n_models)
         mean = F.cross_entropy(outputs.flatten(0, 1), every, label_smoothing=self.label_smoothing)
-        return n_members * mean, outputs.flatten(0, 1).gather(1, every[:, None]).sum()
+        return n_models * mean, outputs.flatten(0, 1).gather(1, every[:, None]).sum()
 
 
 def _check_components(components: Tensor | None, scales: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -394,6 +394,8 @@ def _evaluate(members: list[nn.Module], x: Tensor) -> tuple[Tensor, list[Tensor]
             return vmap(
                 lambda own, x: functional_call(members[0], own, (x,)), randomness="different"
             )(state, inputs), [inputs]  # fmt: skip
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             pass  # vmap cannot follow control flow on values; any other error the loop meets again
     each = [x.view_as(x) for _ in members]

@@ -28,6 +28,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from posterity._checks import at_least, integer, one_of
+from posterity._random import drawn_seed
 from posterity.uncertainty.mixed_kernels import (
     _bases,
     _cholesky,
@@ -196,7 +197,7 @@ class GMOGPRegressor(RegressorMixin, MultiOutputMixin, BaseEstimator):
             self.y_scale_ = np.where(std > 10 * np.finfo(float).eps * np.abs(self.y_mean_), std, 1.0)
         x, (y, mask) = self._tensor(X), self._outputs(Y)
         gram, squared = _gram(y.T), None if self.ard else _squared_distances(x, x)
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        seed = drawn_seed(self.random_state)
         raw = _start(s, d if self.ard else None, self.n_flows if self.output_transform else 0, seed, x)
         optimizer = torch.optim.Adam(list(raw.values()), lr=self.lr, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=100, gamma=0.9)

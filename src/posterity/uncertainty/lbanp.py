@@ -37,11 +37,11 @@ class LBANP(NeuralProcess):
         Sizes of inputs and outputs of the functions.
     n_latents : int, default=8
         Size of the bottleneck.
-    dim_model : int, default=64
+    d_model : int, default=64
         Width of every embedding.
     n_layers, n_heads : int
         Layers of encoder and decoder, and heads of each attention.
-    dim_feedforward : int, default=128
+    d_ff : int, default=128
         Hidden width of the feed-forward blocks and of the output heads.
     embed_depth : int, default=4
         Linear layers of each embedding.
@@ -61,7 +61,7 @@ class LBANP(NeuralProcess):
     Raises
     ------
     ValueError
-        If a size is less than 1, ``dim_model`` is no multiple of ``n_heads`` or
+        If a size is less than 1, ``d_model`` is no multiple of ``n_heads`` or
         ``covariance`` is unknown.
 
     Notes
@@ -89,27 +89,27 @@ class LBANP(NeuralProcess):
     """
 
     def __init__(
-        self, dim_x: int, dim_y: int, *, n_latents: int = 8, dim_model: int = 64, n_layers: int = 6, n_heads: int = 4,
-        dim_feedforward: int = 128, embed_depth: int = 4, dropout: float = 0.0, norm_first: bool = True,
+        self, dim_x: int, dim_y: int, *, n_latents: int = 8, d_model: int = 64, n_layers: int = 6, n_heads: int = 4,
+        d_ff: int = 128, embed_depth: int = 4, dropout: float = 0.0, norm_first: bool = True,
         bound_scale: bool = False, covariance: Literal["diagonal", "cholesky", "lowrank"] = "diagonal",
         n_scale_layers: int = 2, rank: int = 20,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, size in (
-            ("dim_x", dim_x), ("dim_y", dim_y), ("n_latents", n_latents), ("dim_model", dim_model),
-            ("n_layers", n_layers), ("n_heads", n_heads), ("dim_feedforward", dim_feedforward),
+            ("dim_x", dim_x), ("dim_y", dim_y), ("n_latents", n_latents), ("d_model", d_model),
+            ("n_layers", n_layers), ("n_heads", n_heads), ("d_ff", d_ff),
             ("embed_depth", embed_depth), ("n_scale_layers", n_scale_layers), ("rank", rank),
         ):  # fmt: skip
             integer(name, size, 1)
         within("dropout", dropout, 0, 1, open_high=True)
         one_of("covariance", covariance, ("diagonal", "cholesky", "lowrank"))
-        if dim_model % n_heads:
-            raise ValueError(f"dim_model must be a multiple of n_heads, got {dim_model} and {n_heads}")
+        if d_model % n_heads:
+            raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}")
         self.dim_x, self.dim_y, self.n_layers, self.n_latents = dim_x, dim_y, n_layers, n_latents
-        self.dim_model, self.covariance, self.bound_scale, self.rank = (
-            dim_model, covariance, bound_scale, rank,
+        self.d_model, self.covariance, self.bound_scale, self.rank = (
+            d_model, covariance, bound_scale, rank,
         )  # fmt: skip
-        d, hidden = dim_model, dim_feedforward
+        d, hidden = d_model, d_ff
         block = (d, n_heads, hidden, dropout, norm_first)
         self.embed_context = mlp(dim_x + dim_y, d, d, embed_depth - 1)
         self.embed_query = mlp(dim_x, d, d, embed_depth - 1)
@@ -146,7 +146,7 @@ class LBANP(NeuralProcess):
 
         Returns
         -------
-        list of Tensor of shape (tasks, n_latents, dim_model)
+        list of Tensor of shape (tasks, n_latents, d_model)
             One a layer, whatever n is.
         """
         return self._encode(self._tasks(x_context, y_context, None, None, context_mask), context_mask)
@@ -183,7 +183,7 @@ class LBANP(NeuralProcess):
                 f"encodings must be the {self.n_layers} tensors of encode, one a layer, got {len(encodings)}"
             )
         n_tasks = len(encodings[0])
-        wanted = (n_tasks, self.n_latents, self.dim_model)
+        wanted = (n_tasks, self.n_latents, self.d_model)
         for k, latents in enumerate(encodings):
             if tuple(latents.shape) != wanted:
                 raise ValueError(f"encodings[{k}] must have shape {wanted}, got {tuple(latents.shape)}")

@@ -18,6 +18,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from posterity._models import by_sample, evaluating
 from posterity._precision import NARROW, wide
 from posterity.uncertainty.block_solvers import Product, _warn
 
@@ -91,10 +92,7 @@ class _Tangent:
         total, u = torch.zeros_like(self.theta), u.transpose(0, 1)  # (points, columns, outputs)
         rows = max(1, 2**24 // (u.shape[1] * len(total)))
         for xs, us in zip(x.split(rows), u.split(rows), strict=True):
-            try:
-                total += vmap(one)(xs, us).sum(0)
-            except RuntimeError:  # a module that vmap cannot take through its inputs
-                total += torch.stack([one(*pair) for pair in zip(xs, us, strict=True)]).sum(0)
+            total += by_sample(one, xs, us).sum(0)
         return total
 
 
@@ -143,18 +141,9 @@ def _still(model: nn.Module) -> Iterator[None]:
 
     Inside there is no autocast, as solvers need each digit, no gradient and no inference mode.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        device = next(model.parameters()).device.type
-        with (
-            sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False),
-            torch.inference_mode(False), torch.no_grad(),
-        ):  # fmt: skip
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes:
-            module.training = training
+    device = next(model.parameters()).device.type
+    with (
+        evaluating(model), sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False),
+        torch.inference_mode(False), torch.no_grad(),
+    ):  # fmt: skip
+        yield

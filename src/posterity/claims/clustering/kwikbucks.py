@@ -4,7 +4,6 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy import ndarray
-from scipy.stats import spearmanr
 
 from posterity.claims import Between, Count, Positive, Trial, comparison, trend
 from posterity.clustering import (
@@ -16,6 +15,7 @@ from posterity.clustering import (
 )
 from posterity.lab.data import Labelled, load_labelled
 from posterity.lab.data.needs import require_rest
+from posterity.lab.metrics import rank_correlation
 
 Size = Annotated[int, Between(20)]
 
@@ -131,4 +131,4 @@ def better_signal(
             budgets.append(high)
         needed.append(float(np.mean(budgets)))
         trial.track("questions needed, by dimensions", dim, needed[-1])
-    return float(spearmanr(dims, needed).statistic) if np.ptp(needed) else 0.0
+    return rank_correlation(dims, needed)

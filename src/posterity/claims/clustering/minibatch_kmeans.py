@@ -1,13 +1,11 @@
 """Claims about mini-batch k-means: batches speak for the data, runs end, and end well."""
 
-from typing import Annotated
-
 import numpy as np
 import pandas as pd
 from numpy import ndarray
 from sklearn.cluster import KMeans, kmeans_plusplus
 
-from posterity.claims import Between, Count, Positive, Trial, bound, comparison, trend
+from posterity.claims import Count, Positive, Several, Trial, bound, comparison, trend
 from posterity.clustering import EarlyStopMiniBatchKMeans, iteration_bound, kmeans_batch_update
 from posterity.lab.data import Points, load_points
 
@@ -69,7 +67,7 @@ def _agreement(
 def local_implies_global(
     trial: Trial,
     data: Points = "digits",
-    n_clusters: Annotated[int, Between(2)] = 10,
+    n_clusters: Several = 10,
     epsilon: Positive = 0.16,
     max_iter: Count = 150,
     n_rows: Count | None = None,
@@ -100,7 +98,7 @@ def local_implies_global(
 def terminates(
     trial: Trial,
     data: Points = "digits",
-    n_clusters: Annotated[int, Between(2)] = 10,
+    n_clusters: Several = 10,
     batch_size: Count = 2048,
     n_rows: Count | None = None,
 ) -> float:
@@ -139,7 +137,7 @@ def terminates(
 def quality(
     trial: Trial,
     data: Points = "digits",
-    n_clusters: Annotated[int, Between(2)] = 10,
+    n_clusters: Several = 10,
     epsilon: Positive = 0.02,
     batch_size: Count = 2048,
     n_starts: Count = 10,

@@ -2,21 +2,20 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from posterity._checks import needs
-from posterity.claims import Between, Count, Positive, Trial, bound, comparison
+from posterity.claims import Count, NotNegative, Positive, Trial, bound, comparison
 from posterity.coding import GaussianMixturePrior, IdempotentCodec, NetPrior, TransformCodec, linear_betas
-from posterity.lab import metrics
+from posterity.lab import metrics, pretrained
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
 
 MOST = 1024  # numbers of an image, of which a mixture has full covariances
-Scale = Annotated[float, Between(0)]
 
 
 def _fits(data: ImageData, n_train: int, components: int, latents: int, prior: str, **_: Any) -> None:
@@ -45,7 +44,8 @@ def _prior(name: str, x: Tensor, components: int, seed: int) -> Any:
     """Return a mixture fitted to images, or a diffusion model of diffusers by its name."""
     if not name:
         return GaussianMixturePrior.fit(x, components, random_state=seed)
-    net = needs("diffusers", "bench").UNet2DModel.from_pretrained(name).eval()
+    kind = needs("diffusers", "bench").UNet2DModel
+    net = pretrained.load(kind, name, "prior must be a folder or name of a UNet2DModel of diffusers").eval()
     schedule = (1 - linear_betas()).cumprod(0).flip(0)  # from noise to data
 
     def alpha_bar(t: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def realism(
     latents: Count = 6,
     step: Positive = 1.5,
     components: Count = 20,
-    scale: Scale = 0.6,
+    scale: NotNegative = 0.6,
     steps: Count = 200,
     training: Count = 800,
     prior: str = "",
@@ -159,7 +159,7 @@ def price(
     latents: Count = 6,
     step: Positive = 1.5,
     components: Count = 20,
-    scale: Scale = 0.6,
+    scale: NotNegative = 0.6,
     steps: Count = 200,
     training: Count = 800,
     prior: str = "",
@@ -186,7 +186,7 @@ def idempotence(
     latents: Count = 6,
     step: Positive = 1.5,
     components: Count = 20,
-    scale: Scale = 0.6,
+    scale: NotNegative = 0.6,
     steps: Count = 200,
     training: Count = 800,
     prior: str = "",

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from posterity.claims import Between, Count, Positive, Trial, comparison, trend
 from posterity.coding import LDMIC
 from posterity.lab import nets, training
 from posterity.lab.data import Pictures, load_pictures, split
+from posterity.lab.metrics import rank_correlation
 
 DOWN = 4  # rows of pixels by which views lie apart, at most: half of what is horizontal
 Offset = Annotated[int, Between(0, 64)]
@@ -173,4 +173,4 @@ def overlap(
         _, errors = study.measure(trial, np.full(n_test, distance))
         gains.append(1 - errors["joint"] / errors["independent"])
         trial.track("share of the squared error saved, by distance", distance, gains[-1])
-    return float(spearmanr(distances, gains).statistic) if len(set(distances)) > 1 else 0.0  # type: ignore[attr-defined]
+    return rank_correlation(distances, gains)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Trial, comparison
+from posterity.claims import Between, Count, Several, Trial, comparison
 from posterity.compression import channel_saliencies, data_flow_couplings, latency, prune_channels
 from posterity.lab import nets, training
 from posterity.lab.costs import saved_bytes, seconds_in_turns
@@ -124,7 +124,7 @@ def accuracy(
     trial: Trial,
     data: Images = "digits",
     n_train: Count = 1_400,
-    width: Annotated[int, Between(2)] = 8,
+    width: Several = 8,
     amount: Annotated[float, Between(0.01, 0.5)] = 0.1,
     epochs: Count = 10,
     size: Annotated[int, Between(0, 256)] = 0,
@@ -173,7 +173,7 @@ def speed(
     trial: Trial,
     data: Images = "digits",
     n_train: Count = 1_400,
-    width: Annotated[int, Between(2)] = 32,
+    width: Several = 32,
     epochs: Count = 2,
     size: Annotated[int, Between(0, 256)] = 0,
     points: Annotated[float, Between(0, 1)] = 0.05,
@@ -216,7 +216,7 @@ def speed(
             left[arm] = small
             trial.record(f"share of channels removed, {arm}", share)
     batch = x[torch.arange(64) % len(x)]
-    passes = [partial(latency, each, batch, repeats=1, warmup=0) for each in left.values()]
+    passes = [partial(latency, each, batch, n_repeats=1, warmup=0) for each in left.values()]
     seconds = dict(zip(left, seconds_in_turns(passes, rounds).T, strict=True))
     for arm, each in left.items():
         trial.record(f"seconds of a pass, {arm}", float(np.median(seconds[arm])))

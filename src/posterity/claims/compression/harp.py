@@ -6,7 +6,6 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from posterity._checks import one_of
@@ -16,6 +15,7 @@ from posterity.lab import nets, training
 from posterity.lab.costs import saved_bytes
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.tasks import entry
 from posterity.lab.tasks.image_classification import image_epochs
 from posterity.lab.tasks.pruning import RATE, TIMES
@@ -66,7 +66,7 @@ class _Task:
             )
 
         return harp_prune(
-            self.net, batches, rate, loss=self.attack, prune_epochs=epochs, finetune_epochs=finetune_epochs,
+            self.net, batches, rate, loss_fn=self.attack, prune_epochs=epochs, finetune_epochs=finetune_epochs,
             gamma=gamma, lr=0.1, finetune_lr=0.05, device=self.device, generator=self.draws(), **options,
         )  # fmt: skip
 
@@ -216,7 +216,7 @@ def small_layers(
     sizes = [mask.numel() for mask in result.masks.values()]
     for size, share in sorted(zip(sizes, result.rates.values(), strict=True)):
         trial.track("rate by size of layer", size, share)
-    return float(spearmanr(sizes, list(result.rates.values())).statistic)  # type: ignore[attr-defined]
+    return rank_correlation(sizes, list(result.rates.values()))
 
 
 @entry("pruning", "HARP, no attack", paper="harp", where={"of": "weights"})
@@ -232,7 +232,7 @@ def learned_rates(train: Any, seed: int) -> nn.Module:
         return ((x[rows], y[rows]) for rows in torch.randperm(len(x), generator=order).split(64))
 
     found = harp_prune(
-        net, batches, share, loss=partial(robust_loss, kind="natural", clip=None), prune_epochs=half,
+        net, batches, share, loss_fn=partial(robust_loss, kind="natural", bounds=None), prune_epochs=half,
         finetune_epochs=half, gamma=0.1, lr=RATE, finetune_lr=RATE,
     )  # fmt: skip
     return found.model.eval()

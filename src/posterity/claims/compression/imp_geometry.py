@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +25,7 @@ from posterity.lab import nets
 from posterity.lab.costs import saved_bytes
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.tasks import entry
 from posterity.lab.tasks.image_classification import image_epochs
 from posterity.lab.tasks.pruning import TIMES, descend
@@ -239,7 +239,7 @@ def curvature_predicts(
         measured.append(best)
         trial.track("predicted share", level.density, predicted[-1])
         trial.track("largest share that still trains", level.density, best)
-    return _rank(predicted, measured)
+    return rank_correlation(predicted, measured)
 
 
 @trend(
@@ -272,14 +272,8 @@ def barrier_and_error(
         test += [task.error(task.loaded(level.state), test=True) for level in levels[1:]]
     for barrier, error in zip(barriers, errors, strict=True):
         trial.track("barrier over training error", error, barrier)
-    trial.record("correlation with the test error", _rank(barriers, test))
-    return _rank(barriers, errors)
-
-
-def _rank(a: list[float], b: list[float]) -> float:
-    """Return Spearman's correlation, 0 where one of the two is constant."""
-    found: Any = spearmanr(a, b)
-    return float(np.nan_to_num(found.statistic)) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
+    trial.record("correlation with the test error", rank_correlation(barriers, test))
+    return rank_correlation(barriers, errors)
 
 
 @entry("pruning", "IMP", paper="imp-geometry", where={"of": "weights"})

@@ -4,27 +4,26 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity._files import pack_tensors, seal
-from posterity.claims import Between, Count, Positive, Share, Trial, bound, comparison, trend
+from posterity.claims import Count, NotNegative, Positive, Share, Trial, bound, comparison, trend
 from posterity.compression import LatentNet
 from posterity.compression.latent_prior import encoded
 from posterity.lab import nets, training
 from posterity.lab.costs import saved_bytes, seconds_in_turns
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
+from posterity.lab.metrics import rank_correlation
 
 BATCH = 50
 BITS = (2, 3, 4, 5, 6, 8)
 CLIPS = np.linspace(0.3, 1.0, 15)  # of the largest weight: where a quantiser may end
-AtLeast0 = Annotated[float, Between(0)]
 
 
 def _fits(data: ImageData, n_train: int, **_: Any) -> None:
@@ -87,10 +86,6 @@ class _Task:
             return float((net.eval()(self.x_test).argmax(1) == self.y_test).float().mean())
 
 
-def _rank_correlation(x: list[float], y: list[float]) -> float:
-    return float(np.asarray(spearmanr(x, y)[0])) if len(set(y)) > 1 else 0.0  # nothing moves
-
-
 def _quantised(net: nn.Module, bits: int) -> tuple[nn.Module, int]:
     """Return a network with weights of some bits, and its file's bytes: the same container and coder as lilnetx's."""
     net, levels = copy.deepcopy(net), 2 ** (bits - 1) - 1
@@ -135,9 +130,9 @@ def smaller_file(
     epochs: Count = 40,
     lr: Positive = 3e-2,
     dense_lr: Positive = 1e-2,
-    low_rate: AtLeast0 = 0.001,
-    high_rate: AtLeast0 = 0.05,
-    lambda_slice: AtLeast0 = 1e-4,
+    low_rate: NotNegative = 0.001,
+    high_rate: NotNegative = 0.05,
+    lambda_slice: NotNegative = 1e-4,
     points: Share = 0.01,
 ) -> dict[str, float]:
     """Train two dense networks and two latent ones, and keep the smallest admissible file of each kind.
@@ -192,7 +187,7 @@ def rate_sets_bytes(
     width: Count = 16,
     epochs: Count = 8,
     lr: Positive = 5e-2,
-    lambda_slice: AtLeast0 = 1e-4,
+    lambda_slice: NotNegative = 1e-4,
 ) -> float:
     """Train at four values of lambda_rate, 0.01 to 0.64; the curves have bytes and accuracies."""
     task = _Task(trial, data, n_train, width, epochs)
@@ -203,7 +198,7 @@ def rate_sets_bytes(
         sizes.append(len(lat.compress()))
         trial.track("bytes", rate, sizes[-1])
         trial.track("accuracy", rate, task.accuracy(lat))
-    return _rank_correlation(rates, sizes)
+    return rank_correlation(rates, sizes)
 
 
 @trend(
@@ -222,7 +217,7 @@ def norm_empties_slices(
     width: Count = 16,
     epochs: Count = 8,
     lr: Positive = 5e-2,
-    lambda_rate: AtLeast0 = 0.01,
+    lambda_rate: NotNegative = 0.01,
 ) -> float:
     """Train at four values of lambda_slice, 1e-5 to 1e-2; the curves have shares and accuracies."""
     task = _Task(trial, data, n_train, width, epochs)
@@ -234,7 +229,7 @@ def norm_empties_slices(
         trial.track("zero kernels", weight, shares[-1])
         trial.track("zero input channels", weight, lat.sparsity()["in_channels"])
         trial.track("accuracy", weight, task.accuracy(lat))
-    return _rank_correlation(weights, shares)
+    return rank_correlation(weights, shares)
 
 
 @bound(
@@ -254,8 +249,8 @@ def faster(
     width: Count = 32,
     epochs: Count = 12,
     lr: Positive = 5e-2,
-    lambda_rate: AtLeast0 = 0.2,
-    lambda_slice: AtLeast0 = 1e-3,
+    lambda_rate: NotNegative = 0.2,
+    lambda_slice: NotNegative = 1e-3,
     rounds: Count = 31,
 ) -> float:
     """Train once, then run the dense network and what `to_compact` leaves in turns, on a batch of 64 in one thread.

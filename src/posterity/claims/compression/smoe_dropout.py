@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +14,8 @@ from posterity.compression import ExpertSchedule, SMoEDropout, convert_ffn, set_
 from posterity.lab import training
 from posterity.lab.costs import saved_bytes, seconds_in_turns
 from posterity.lab.data import Text, TextData, dataset, load_text, words_of
+from posterity.lab.metrics import rank_correlation
+from posterity.lab.nets import seeded, weights
 
 LENGTH = 32  # characters that a prediction sees at most
 BLOCK = 16 * LENGTH  # training and validation take turns in blocks of the text
@@ -112,9 +113,7 @@ def _bits(net: nn.Module, windows: Tensor) -> float:
 
 
 def _start(n_characters: int, seed: int) -> nn.Module:
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        return _Transformer(n_characters)
+    return weights(_Transformer, n_characters, seed=seed)
 
 
 def _experts(net: nn.Module, n_experts: int, k: int, trial: Trial, *, learned: bool = False) -> nn.Module:
@@ -270,7 +269,7 @@ def steady(
     _fit(net, train, steps, lr, trial, schedule=ExpertSchedule(steps, max(n_experts // 2, 1), n_experts))
     bits = _curve(net, val, n_experts, "smoe-dropout", trial)
     shares = sorted({max(round(n_experts * share / 8), 1) for share in (1, 2, 3, 4, 6, 8)})
-    return float(np.asarray(spearmanr(shares, [bits[k] for k in shares])[0]))
+    return rank_correlation(shares, [bits[k] for k in shares])
 
 
 @bound(
@@ -299,8 +298,7 @@ def cost(
     the experts are the dense network's and a router, since every expert is kept.
     """
     generator = torch.Generator().manual_seed(trial.seed)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(trial.seed)
+    with seeded(trial.seed):
         layer = nn.TransformerEncoderLayer(width, 4, 8 * width, 0.0, F.gelu, batch_first=True)
         dense = nn.TransformerEncoder(layer, 2).to(trial.device).eval()
     experts = convert_ffn(dense, n_experts, generator=generator)

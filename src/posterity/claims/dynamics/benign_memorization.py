@@ -4,7 +4,6 @@ import math
 from typing import Annotated, Any
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from posterity.dynamics import (
 )
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.nets import seeded
 
 NEIGHBORS = 10
@@ -229,4 +229,4 @@ def more_views(
         trial.record(f"random labels of views fitted, {n_views} views", float(run.augmented_accuracy[-1]))
         probes.append(study.probe(net, LAYERS[-1:])[LAYERS[-1]])
         trial.track("true labels, last hidden layer", n_views, probes[-1])
-    return float(spearmanr(VIEWS, probes).statistic) if len(set(probes)) > 1 else 0.0
+    return rank_correlation(VIEWS, probes)

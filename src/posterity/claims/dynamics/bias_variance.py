@@ -4,7 +4,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ from posterity.claims import Between, Count, Positive, Trial, bound, comparison,
 from posterity.dynamics import BiasVariance, alignment, bias_variance, calibration_link
 from posterity.lab.data import ImageData
 from posterity.lab.data.labelled import Labelled, load_labelled
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.nets import seeded
 
 BATCH = 64
@@ -135,4 +135,4 @@ def spread_tells_error(
     trial.record("residual", link.residual)
     for expected, actual in zip(link.bin_expected.tolist(), link.bin_bias2.tolist(), strict=True):
         trial.track("squared bias", expected, actual)
-    return float(spearmanr(link.bin_expected, link.bin_bias2).statistic)
+    return rank_correlation(link.bin_expected, link.bin_bias2)

@@ -4,13 +4,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Trial, bound, comparison, trend
+from posterity.claims import Between, Count, Several, Trial, bound, comparison, trend
 from posterity.dynamics import (
     ConceptMixer,
     ConceptSequences,
@@ -19,11 +18,11 @@ from posterity.dynamics import (
     one_hot_kernel,
     success_bound,
 )
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.nets import seeded
 from posterity.lab.training import fit
 
 Length = Annotated[int, Between(2, 64)]
-Many = Annotated[int, Between(2)]
 
 
 def _even(n_words: int, n_concepts: int, **more: Any) -> None:
@@ -77,7 +76,7 @@ def _svm(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, n_words: int, fol
     check=_even,
 )
 def tail(
-    trial: Trial, length: Length = 9, n_words: Many = 50, n_concepts: Many = 5, n_categories: Many = 100,
+    trial: Trial, length: Length = 9, n_words: Several = 50, n_concepts: Several = 5, n_categories: Several = 100,
     n_per_category: Annotated[int, Between(3)] = 6, n_unfamiliar: Count = 1, steps: Count = 3000,
 ) -> dict[str, float]:  # fmt: skip
     """Draw data, train on all of it, ask about the tail only.
@@ -114,7 +113,7 @@ def tail(
     check=_even,
 )
 def limit(
-    trial: Trial, length: Length = 9, n_words: Many = 50, n_concepts: Many = 5, n_categories: Many = 300,
+    trial: Trial, length: Length = 9, n_words: Several = 50, n_concepts: Several = 5, n_categories: Several = 300,
     n_per_category: Count = 6, n_unfamiliar: Count = 1,
 ) -> float:  # fmt: skip
     """Compare the best kernel that does not know the concepts with the limit for all of them."""
@@ -139,7 +138,7 @@ def limit(
     check=_even,
 )
 def familiar_teaches(
-    trial: Trial, length: Length = 9, n_words: Many = 50, n_concepts: Many = 5, n_categories: Many = 100,
+    trial: Trial, length: Length = 9, n_words: Several = 50, n_concepts: Several = 5, n_categories: Several = 100,
     steps: Count = 2000,
 ) -> float:  # fmt: skip
     """Train on 1, 2, 3, 5 and 8 familiar sentences a category beside an unfamiliar one, for equally many steps."""
@@ -150,4 +149,4 @@ def familiar_teaches(
         x, y = data.train(n)
         reached.append(_accuracy(_mixer(trial, data, x, y, steps), x_test, y_test))
         trial.track("accuracy on the tail", n, reached[-1])
-    return float(spearmanr(numbers, reached).statistic)
+    return rank_correlation(numbers, reached)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Positive, Trial, bound, comparison, trend
+from posterity.claims import Between, Count, Positive, Several, Trial, bound, comparison, trend
 from posterity.dynamics import (
     MarginFlow,
     PowerDiagonal,
@@ -27,7 +27,7 @@ from posterity.lab.data import (
     load_table,
     table_encoder,
 )
-from posterity.lab.data.needs import require_rows
+from posterity.lab.data.needs import require_rows, require_task
 from posterity.lab.nets import seeded
 
 START = 0.5  # of every parameter: flow carries none of a degree of 3 over 0, so columns are turned to need positive ones
@@ -72,8 +72,7 @@ def _points(table: TableData, data: str, seed: int) -> tuple[Tensor, Tensor]:
 def _askable(data: TableData, name: str, degree: int, **more: Any) -> None:
     if degree % 2 == 0:
         raise ValueError(f"degree must be odd, got {degree}")
-    if not data.classes:
-        raise ValueError("target must have classes, got numbers")
+    require_task(data.task, "classification")
     x, y = _points(data, name, 0)
     if x.shape[1] < 2:
         raise ValueError(f"at least 2 columns that vary are needed, has {x.shape[1]}")
@@ -216,7 +215,7 @@ def collapse(
     trial: Trial,
     data: Images = "digits",
     n_train: Annotated[int, Between(50)] = 500,
-    width: Annotated[int, Between(2)] = 128,
+    width: Several = 128,
     epochs: Annotated[int, Between(10)] = 100,
     lr: Positive = 1e-3,
 ) -> float:

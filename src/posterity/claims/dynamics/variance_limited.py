@@ -5,10 +5,9 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
-from posterity.claims import Between, Count, Positive, Trial, comparison, trend
+from posterity.claims import Between, Count, Positive, Several, Trial, comparison, trend
 from posterity.dynamics import (
     NTKMLP,
     InitializationVariance,
@@ -21,9 +20,10 @@ from posterity.dynamics import (
     variance_onset,
 )
 from posterity.lab.data import Table, dataset, load_table, table_encoder
+from posterity.lab.data.needs import require_task
 from posterity.lab.data.table import TableData
+from posterity.lab.metrics import rank_correlation
 
-Members = Annotated[int, Between(2)]
 Dim = Annotated[int, Between(2, 100)]
 Degree = Annotated[int, Between(1, 10)]
 N_TEST = 500
@@ -85,8 +85,7 @@ def _parts(
 
 
 def _fits(data: TableData, n_train: int, **_: Any) -> None:
-    if data.task == "classification" or data.y.dtype.kind not in "iuf":
-        raise ValueError("a target of numbers is needed")
+    require_task(data.task, "regression")
     if len(data.y) < n_train + 5:
         raise ValueError(f"n_train must leave at least 5 of {len(data.y)} rows to test on, got {n_train}")
 
@@ -103,7 +102,7 @@ def _fits(data: TableData, n_train: int, **_: Any) -> None:
 )
 def final_kernel(
     trial: Trial, data: Table = "sphere-quadratic", target: str | None = None, n_train: Annotated[int, Between(5)] = 80,
-    width: Count = 64, alpha: Positive = 1.0, n_models: Members = 8, n_steps: Count = 3_000, tol: Positive = 1e-5,
+    width: Count = 64, alpha: Positive = 1.0, n_models: Several = 8, n_steps: Count = 3_000, tol: Positive = 1e-5,
 ) -> dict[str, float]:  # fmt: skip
     """Train networks, and regress from zero with each one's kernel at its first and at its last weights.
 
@@ -140,7 +139,7 @@ def final_kernel(
     smallest={"width": 16, "n_models": 2, "n_steps": 50},
 )
 def takes_over(
-    trial: Trial, dim: Dim = 6, degree: Degree = 2, width: Count = 32, alpha: Positive = 1.0, n_models: Members = 8,
+    trial: Trial, dim: Dim = 6, degree: Degree = 2, width: Count = 32, alpha: Positive = 1.0, n_models: Several = 8,
     n_steps: Count = 2_000, tol: Positive = 1e-4,
 ) -> float:  # fmt: skip
     """Train on the first 20, 40, 80 and 160 points of one draw and take the error on the same test points."""
@@ -153,7 +152,7 @@ def takes_over(
         trial.track("share of variance in the error", n, share[-1])
         trial.track("error of a network", n, float(parts.error))
         trial.track("error of an infinite ensemble", n, float(parts.infinite_ensemble_error))
-    return float(spearmanr(sizes, share)[0])
+    return rank_correlation(sizes, share)
 
 
 @comparison(
@@ -167,7 +166,7 @@ def takes_over(
 )
 def features_postpone(
     trial: Trial, dim: Dim = 6, degree: Degree = 2, n_train: Count = 80, width: Count = 64, lazy: Positive = 5.0,
-    rich: Positive = 0.5, n_models: Members = 8, n_steps: Count = 3_000, tol: Positive = 1e-4,
+    rich: Positive = 0.5, n_models: Several = 8, n_steps: Count = 3_000, tol: Positive = 1e-4,
 ) -> dict[str, float]:  # fmt: skip
     """Train the same draws of weights at a large and at a small output scale, on the same points."""
     share = {}
@@ -192,7 +191,7 @@ def features_postpone(
 )
 def ensembles(
     trial: Trial, dim: Dim = 6, degree: Degree = 2, n_train: Count = 80, width: Count = 64, alpha: Positive = 1.0,
-    n_models: Members = 8, n_steps: Count = 3_000, tol: Positive = 1e-4,
+    n_models: Several = 8, n_steps: Count = 3_000, tol: Positive = 1e-4,
 ) -> dict[str, float]:  # fmt: skip
     """Train networks on the same points; the error of one is the mean over all of them.
 
@@ -230,7 +229,7 @@ def _enough(narrowest: int, n_widths: int, largest: int, **_: Any) -> None:
 def onset(
     trial: Trial, dim: Dim = 6, degree: Degree = 2, narrowest: Annotated[int, Between(4)] = 32,
     n_widths: Annotated[int, Between(2, 8)] = 5, largest: Annotated[int, Between(40)] = 452, alpha: Positive = 1.0,
-    n_models: Members = 6, draws: Count = 2, trained: bool = False, n_steps: Count = 3_000, tol: Positive = 1e-4,
+    n_models: Several = 6, draws: Count = 2, trained: bool = False, n_steps: Count = 3_000, tol: Positive = 1e-4,
 ) -> float:  # fmt: skip
     """Double the width, and find the onset among sizes from 20 by steps of a root of two, errors averaged over draws.
 

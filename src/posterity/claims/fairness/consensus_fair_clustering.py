@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.metrics import normalized_mutual_info_score
 
-from posterity.claims import Between, Count, Trial, comparison
+from posterity.claims import Between, Count, NotNegative, PartOfAll, Several, Trial, comparison
 from posterity.fairness import (
     ConsensusFairClustering,
     FairSpectralClustering,
@@ -20,10 +20,7 @@ from posterity.fairness import (
 from posterity.lab.data import Table, TableData, dataset, load_table, split, table_encoder
 
 CLASSES = {"two-groups": "class", "digits-and-negatives": "digit"}  # columns that are no feature
-Clusters = Annotated[int, Between(2)]
 Rows = Annotated[int, Between(8)]
-Weight = Annotated[float, Between(0)]
-Shift = Annotated[float, Between(0)]
 
 
 @dataset(Table, "two-groups")
@@ -124,12 +121,12 @@ def fair_across_shift(
     data: Table = "two-groups",
     target: str | None = None,
     classes: str | None = None,
-    shift: Shift | None = None,
+    shift: NotNegative | None = None,
     n_rows: Rows | None = None,
-    n_clusters: Clusters = 4,
+    n_clusters: Several = 4,
     n_neighbors: Count = 10,
-    alpha: Weight = 10.0,
-    beta: Weight = 5.0,
+    alpha: NotNegative = 10.0,
+    beta: NotNegative = 5.0,
     order: Count = 2,
     hidden: Count = 36,
     epochs: Count = 150,
@@ -189,14 +186,14 @@ def after_attack(
     data: Table = "two-groups",
     target: str | None = None,
     classes: str | None = None,
-    shifts: tuple[Shift, ...] | None = None,
-    attacked: Annotated[float, Between(0, 1, above=True)] = 0.3,
+    shifts: tuple[NotNegative, ...] | None = None,
+    attacked: PartOfAll = 0.3,
     budget: Count = 6,
     n_rows: Rows | None = None,
-    n_clusters: Clusters = 4,
+    n_clusters: Several = 4,
     n_neighbors: Count = 10,
-    alpha: Weight = 10.0,
-    beta: Weight = 5.0,
+    alpha: NotNegative = 10.0,
+    beta: NotNegative = 5.0,
     order: Count = 2,
     hidden: Count = 36,
     epochs: Count = 150,

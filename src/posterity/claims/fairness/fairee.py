@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from posterity.claims import Between, Count, Share, Trial, bound, comparison
+from posterity.claims import Between, Count, PartOfAll, Share, Trial, bound, comparison
 from posterity.fairness import fair_thresholds
 from posterity.lab.data import Table, TableData, dataset, load_table, split, table_encoder
 from posterity.lab.data.needs import require_rest
@@ -177,7 +177,7 @@ def keeps_its_word(
     target: str | None = None,
     group: str | None = None,
     alpha: Share = 0.1,
-    delta: Annotated[float, Between(0, 1, above=True)] = 0.05,
+    delta: PartOfAll = 0.05,
     n_samples: Count = 200,
     n_designs: Count = 8,
     n_train: Count = 240,
@@ -236,7 +236,7 @@ def within_delta(
     target: str | None = None,
     group: str | None = None,
     alpha: Share = 0.1,
-    delta: Annotated[float, Between(0, 1, above=True)] = 0.05,
+    delta: PartOfAll = 0.05,
     n_samples: Count = 200,
     n_designs: Count = 8,
     n_train: Count = 240,

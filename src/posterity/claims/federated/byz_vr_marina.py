@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posterity.claims import Between, Count, Positive, Trial, comparison
+from posterity.claims import Between, Count, PartOfAll, Positive, Several, Trial, comparison
 from posterity.federated import (
     FiniteSum,
     MarinaResult,
@@ -112,7 +112,7 @@ def no_floor(
     target: str | None = None,
     attack: Attack = "alie",
     median: Median = "coordinate",
-    good: Annotated[int, Between(2)] = 17,
+    good: Several = 17,
     liars: Liars = 3,
     batch: Count = 16,
     steps: Count = 700,
@@ -174,11 +174,11 @@ def fewer_numbers(
     target: str | None = None,
     attack: Attack = "alie",
     median: Median = "coordinate",
-    good: Annotated[int, Between(2)] = 17,
+    good: Several = 17,
     liars: Liars = 3,
     batch: Count = 64,
     steps: Count = 1500,
-    share: Annotated[float, Between(0, 1, above=True)] = 0.1,
+    share: PartOfAll = 0.1,
     near: Positive = 1e-5,
     l2: Positive = 0.01,
 ) -> dict[str, float]:

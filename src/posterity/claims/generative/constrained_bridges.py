@@ -141,7 +141,7 @@ def _fits(data: Any, **_: Any) -> None:
 
 def _bridge(arm: str, rows: Rows, b: float, form: Any) -> ConstrainedBridge:
     domain = Interval() if arm == "unconstrained" else rows.domain
-    return ConstrainedBridge(domain, rows.domain.dim, b=b, parameterization=form)
+    return ConstrainedBridge(domain, rows.domain.dim, b=b, parametrization=form)
 
 
 def _trained(trial: Trial, bridge: ConstrainedBridge, x: Tensor, steps: int, lr: float) -> nn.Module:

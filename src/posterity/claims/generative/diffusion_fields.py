@@ -272,7 +272,7 @@ def resolution(
             n_context=min(n_context, h * w),
             n_steps=25,
             sampler="ddim",
-            query_chunk=256,
+            chunk_size=256,
             generator=torch.Generator().manual_seed(trial.seed),
         )
         made[times] = field_image(fields.cpu(), *size)
@@ -318,7 +318,7 @@ def fields(train: Tensor, seed: int) -> Callable[[int, torch.Generator], Tensor]
             n_context=some,
             n_steps=25,
             sampler="ddim",
-            query_chunk=256,
+            chunk_size=256,
             generator=generator,
         )
         return field_image(made, *shape[1:]) if len(shape) == 3 else made[..., 0]

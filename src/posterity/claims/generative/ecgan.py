@@ -8,7 +8,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Positive, Trial, comparison
+from posterity.claims import Between, Count, NotNegative, Positive, Trial, comparison
 from posterity.generative import (
     ECGAN,
     ECGANGenerator,
@@ -23,7 +23,6 @@ from posterity.lab.data import PictureData, Pictures, dataset, load
 from posterity.lab.data.needs import require_rest
 
 Side = Annotated[int, Between(8, 512)]
-Weight = Annotated[float, Between(0)]
 CLASSES = ("sky", "ground", "building", "window", "tree", "car")
 N_SCENES = 400
 
@@ -222,8 +221,8 @@ def _size(net: nn.Module) -> int:
 )
 def faithful(
     trial: Trial, data: Pictures = "scenes", side: Side = 32, n_train: Count = 280, n_test: Count = 120,
-    width: Count = 16, steps: Count = 200, batch: Count = 4, lr_g: Positive = 2e-3, perceptual: Weight = 10.0,
-    base_lr_g: Positive = 1e-3, base_perceptual: Weight = 0.0, lr_d: Positive = 4e-4, contrast: Weight = 0.1,
+    width: Count = 16, steps: Count = 200, batch: Count = 4, lr_g: Positive = 2e-3, perceptual: NotNegative = 10.0,
+    base_lr_g: Positive = 1e-3, base_perceptual: NotNegative = 0.0, lr_d: Positive = 4e-4, contrast: NotNegative = 0.1,
     segmenter_steps: Count = 200,
 ) -> dict[str, float]:  # fmt: skip
     """Train three generators against discriminators of one size, and have their images segmented.
@@ -297,7 +296,7 @@ def faithful(
 )
 def pixel_contrast(
     trial: Trial, data: Pictures = "scenes", side: Side = 32, n_train: Count = 40, n_test: Count = 200,
-    width: Count = 24, steps: Count = 400, batch: Count = 8, lr: Positive = 5e-3, contrast: Weight = 0.1,
+    width: Count = 24, steps: Count = 400, batch: Count = 8, lr: Positive = 5e-3, contrast: NotNegative = 0.1,
 ) -> dict[str, float]:  # fmt: skip
     """Train one segmenter twice, from the same weights on the same batches.
 

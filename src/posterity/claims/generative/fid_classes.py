@@ -118,7 +118,7 @@ def _setting(
     arms=("unrelated features", "extractor features"),
     metric="FID after resampling, divided by FID before",
     better="lower",
-    smallest={"n_train": 300, "n_candidates": 300, "n_iter": 5, "epochs": 2},
+    smallest={"n_train": 300, "n_candidates": 300, "max_iter": 5, "epochs": 2},
     check=_fits,
 )
 def resampling(
@@ -127,7 +127,7 @@ def resampling(
     target: str | None = None,
     n_train: Rows = 900,
     n_candidates: Rows = 5_000,
-    n_iter: Count = 200,
+    max_iter: Count = 200,
     width: Count = 32,
     epochs: Count = 60,
     network: Literal["mlp", "cnn"] = "mlp",
@@ -160,7 +160,9 @@ def resampling(
         "extractor features": lambda x: setting.seen(x)[0],
         "principal components": lambda x: torch.from_numpy(setting.pca.transform(x)),
     }
-    found = resample_weights(*(spaces["extractor features"](x) for x in (setting.real, made)), n_iter=n_iter)
+    found = resample_weights(
+        *(spaces["extractor features"](x) for x in (setting.real, made)), max_iter=max_iter
+    )
     for k, value in enumerate(found.history.tolist()):
         trial.track("distance of the weighted candidates", k, value)
     ratio = {}
@@ -197,7 +199,7 @@ def _conditional(setting: Setting, shares: ndarray, n: int, rng: np.random.Gener
     arms=("random", "top-1 aligned"),
     metric="FID in the extractor's features of as many drawn as real samples",
     better="lower",
-    smallest={"n_train": 300, "n_candidates": 300, "n_iter": 5, "epochs": 2},
+    smallest={"n_train": 300, "n_candidates": 300, "max_iter": 5, "epochs": 2},
     check=_fits,
 )
 def top1_alignment(
@@ -206,7 +208,7 @@ def top1_alignment(
     target: str | None = None,
     n_train: Rows = 900,
     n_candidates: Rows = 5_000,
-    n_iter: Count = 200,
+    max_iter: Count = 200,
     width: Count = 32,
     epochs: Count = 60,
     network: Literal["mlp", "cnn"] = "mlp",
@@ -216,7 +218,7 @@ def top1_alignment(
     The generator has a Gaussian for each class; how often it makes which is drawn from a symmetric Dirichlet
     distribution. Extractor, real samples and draws are those of ``resampling``. The weights look at the class of a
     sample and at nothing else. The controls are in the record: a generator with the real shares of classes, where there
-    is nothing to align, and both generators resampled by the class in the middle of the logits, ``n_iter`` steps.
+    is nothing to align, and both generators resampled by the class in the middle of the logits, ``max_iter`` steps.
     """
     setting = _setting(trial, data, target, n_train, width, network, epochs)
     rng = np.random.default_rng(trial.seed)
@@ -228,7 +230,7 @@ def top1_alignment(
     distance: dict[str, dict[str, float]] = {}
     for generator, share in shares.items():
         candidates, gen_logits = setting.seen(_conditional(setting, share, n_candidates, rng))
-        middle = resample_weights(*class_indicators(logits, gen_logits, which="middle"), n_iter=n_iter)
+        middle = resample_weights(*class_indicators(logits, gen_logits, which="middle"), max_iter=max_iter)
         aligned = match_class_histogram(logits.argmax(1), gen_logits.argmax(1), n_classes=len(counts))
         ways = {"random": torch.zeros_like(aligned), "middle-1": middle.log_weights, "top-1 aligned": aligned}
         distance[generator] = {way: setting.distance(real, candidates, logs) for way, logs in ways.items()}

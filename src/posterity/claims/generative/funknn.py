@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Positive, Share, Trial, comparison
+from posterity.claims import Between, Count, PartOfAll, Positive, Share, Trial, comparison
 from posterity.generative import (
     FunkNN,
     funknn_pairs,
@@ -20,19 +20,11 @@ from posterity.generative import (
 )
 from posterity.lab import nets
 from posterity.lab.contact_sheet import contact_sheet
-from posterity.lab.data import PictureData, Pictures, dataset, load_photo, load_pictures
+from posterity.lab.data import Pictures, load_pictures
 
 Patch = Annotated[int, Between(1, 31)]
 Side = Annotated[int, Between(32, 1024)]
 Small = Annotated[int, Between(8, 256)]
-Part = Annotated[float, Between(0, 1, above=True)]
-
-
-@dataset(Pictures, "photos")
-def photos(seed: int) -> PictureData:
-    """Return scikit-learn's two photographs, whole."""
-    named = [load_photo(name) for name in ("china.jpg", "flower.jpg")]
-    return PictureData([np.moveaxis((255 * photo).round().astype(np.uint8), 2, 0) for photo in named])
 
 
 def _fits(data: Any, side: int, patch_size: int = 1, reduce: int = 1, **_: Any) -> None:
@@ -156,7 +148,7 @@ def beats_bicubic(
     check=_fits,
 )
 def sparse_gradients(
-    trial: Trial, data: Pictures = "photos", side: Small = 32, reduce: Count = 4, part: Part = 0.2,
+    trial: Trial, data: Pictures = "photos", side: Small = 32, reduce: Count = 4, part: PartOfAll = 0.2,
     steps: Count = 400, lr: Positive = 1e-2, n_validation: Count = 2, n_test: Count = 4,
 ) -> dict[str, float]:  # fmt: skip
     """Recover pixels of crops from gradients where these are largest, with as many steps of the same optimiser.
@@ -209,7 +201,7 @@ def _recovered(true: Tensor, arm: str, part: float, steps: int, lr: float, tv: f
     at = pixel_grid(side, device=device)
     start = torch.full_like(true, 0.5)
     return _mapped(
-        solve_continuous(net, measure, y, latent=start, coords=at, steps=steps, lr=lr, tv=tv).image, true
+        solve_continuous(net, measure, y, latent=start, coords=at, n_steps=steps, lr=lr, tv=tv).image, true
     )
 
 

@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Positive, Trial, comparison
+from posterity.claims import Between, Count, Positive, Several, Trial, comparison
 from posterity.generative import (
     GeometryControl,
     Mesh,
@@ -27,7 +27,6 @@ from posterity.lab import nets, training
 from posterity.lab.contact_sheet import contact_sheet
 
 Many = Annotated[int, Between(8)]
-Folds = Annotated[int, Between(2)]
 Wrong = Annotated[float, Between(0.05, 0.5)]
 Look = Literal["familiar", "strange"]
 SIDE, FOV, MESHES = 32, 40.0, 8
@@ -246,7 +245,7 @@ def labels_for_free(
 )
 def filter_finds(
     trial: Trial, shape: str = "car", n_images: Many = 400, n_objects: Count = 1, look: Look = "familiar",
-    wrong: Wrong = 0.2, n_folds: Folds = 5, epochs: Count = 30, batch: Count = 32, width: Count = 16,
+    wrong: Wrong = 0.2, n_folds: Several = 5, epochs: Count = 30, batch: Count = 32, width: Count = 16,
     lr: Positive = 2e-3,
 ) -> dict[str, float]:  # fmt: skip
     """Replace a fifth of the poses at random, and rank the images by the loss of a network, smallest first.

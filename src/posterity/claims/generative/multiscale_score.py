@@ -14,20 +14,13 @@ from posterity.claims import Between, Count, Positive, Share, Trial, comparison
 from posterity.generative import LocalCNN, MultiscaleDenoiser, haar, inverse_haar, locality_curve
 from posterity.lab import nets, training
 from posterity.lab.contact_sheet import contact_sheet
-from posterity.lab.data import PictureData, Pictures, dataset, load_images, load_photo, load_pictures
+from posterity.lab.data import PictureData, Pictures, dataset, load_images, load_pictures
 
 Field = Annotated[int, Between(5, 63)]
 Scales = Annotated[int, Between(1, 6)]
 Side = Annotated[int, Between(4, 1024)]
 Step = Annotated[float, Between(0, 0.99, above=True)]
 Options = dict[str, Any]
-
-
-@dataset(Pictures, "photos")
-def photos(seed: int) -> PictureData:
-    """Return scikit-learn's two photographs, whole."""
-    named = [load_photo(name) for name in ("china.jpg", "flower.jpg")]
-    return PictureData([np.moveaxis((255 * photo).round().astype(np.uint8), 2, 0) for photo in named])
 
 
 @dataset(Pictures, "cifar10")
@@ -223,7 +216,7 @@ def locality(
 def enlarges(
     trial: Trial, data: Pictures = "photo-tiles", receptive_field: Field = 9, side: Side = 32, n_layers: Count = 6,
     width: Count = 32, steps: Count = 1_000, batch: Count = 32, lr: Positive = 3e-3, least_noise: Share = 0.3,
-    h0: Step = 0.05, sigma_end: Positive = 0.1, n_train: Count = 4096, n_test: Count = 64,
+    h0: Step = 0.05, sigma_end: Positive = 0.1, n_train: Count = 4096, n_test: Count = 256,
 ) -> dict[str, float]:  # fmt: skip
     """Train the details of one level, and climb to a mode of them from noise, against details of zero.
 

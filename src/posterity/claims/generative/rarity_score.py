@@ -5,7 +5,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy import ndarray
-from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.mixture import GaussianMixture
@@ -15,8 +14,10 @@ from torch.nn import functional as F
 from posterity._checks import needs
 from posterity.claims import Between, Count, Positive, Trial, comparison, trend
 from posterity.generative import RarityManifold, rarity_score, realism_score
+from posterity.lab import pretrained
 from posterity.lab.data import ImageData, Labelled, Points, load_labelled, load_points
 from posterity.lab.data.needs import require_rows
+from posterity.lab.metrics import rank_correlation
 
 TRUNCATIONS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 EXTRACTORS = "pixels, pca, or transformers: and a model's folder or name"
@@ -30,11 +31,8 @@ def _loaded(extractor: str, what: str) -> Any:
     kind, _, model = extractor.partition(":")
     if kind != "transformers" or not model:
         raise ValueError(f"extractor must be {EXTRACTORS}, got {extractor!r}")
-    try:
-        return getattr(needs("transformers", "transfer"), what).from_pretrained(model)
-    except (OSError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"extractor must be {EXTRACTORS}, got {extractor!r}: {why}") from error
+    made = getattr(needs("transformers", "transfer"), what)
+    return pretrained.load(made, model, f"extractor must be {EXTRACTORS}", extractor)
 
 
 def _fits(
@@ -215,5 +213,4 @@ def truncation(
         if psi in (TRUNCATIONS[0], TRUNCATIONS[-1]):
             trial.record(f"mean rarity at {psi}", means[-1])
             trial.record(f"fraction inside at {psi}", float(found.rate()))
-    correlation: Any = spearmanr(TRUNCATIONS, means)
-    return float(correlation.statistic)
+    return rank_correlation(TRUNCATIONS, means)

@@ -1,6 +1,6 @@
 """Claims about textual inversion: a learned word says what no known one does, and one vector leaves the prompt its say."""
 
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -8,14 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posterity._checks import needs
-from posterity.claims import Between, Count, Positive, Trial, comparison
+from posterity.claims import Count, Positive, Several, Trial, comparison
 from posterity.generative import DiffusionLoss, TextualInversion, TinyTextToImage, shapes
-from posterity.lab import metrics
+from posterity.lab import metrics, pretrained
 from posterity.lab.contact_sheet import contact_sheet
 from posterity.lab.data import SampleData, Samples, dataset, load_samples
 from posterity.lab.data.needs import require_rest
 
-Many = Annotated[int, Between(2)]
 KNOWN = ("circle", "square", "triangle", "cross", "ring", "bar")
 PLAIN = ("a photo of a {}", "a photo of the {}", "a rendition of a {}", "a photo of my {}")
 SIDES = {"on the left": (0, -1), "on the right": (0, 1), "at the top": (1, -1), "at the bottom": (1, 1)}
@@ -41,7 +40,7 @@ def new_shape(seed: int) -> SampleData:
 
 def _pictures(seed: int, colour: str, kind: str) -> SampleData:
     generator = torch.Generator().manual_seed(seed)
-    images, _ = shapes(300, colours=[str(colour)], kinds=[str(kind)], generator=generator)
+    images, _ = shapes(300, colors=[str(colour)], kinds=[str(kind)], generator=generator)
     return SampleData(2 * images.numpy() - 1, f"300 pictures of a {colour} {kind}")
 
 
@@ -58,13 +57,9 @@ def _loaded(model: str) -> Any:
     if model == "tiny":
         return TinyTextToImage.pretrained()
     pipeline = needs("diffusers", "generative").DiffusionPipeline
-    try:
-        return pipeline.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"model must be tiny, or a folder or name of a pipeline of diffusers, got {model!r}: {why}"
-        ) from error
+    return pretrained.load(
+        pipeline, model, "model must be tiny, or a folder or name of a pipeline of diffusers"
+    )
 
 
 def _fits(data: SampleData, images: int, **_: object) -> None:
@@ -156,7 +151,7 @@ def learned_word(
     steps: Count = 300,
     lr: Positive = 2e-2,
     batch_size: Count = 8,
-    samples: Many = 128,
+    samples: Several = 128,
     sampling_steps: Count = 15,
     guidance: Positive = 1.5,
     words: Count = 500,

@@ -15,6 +15,7 @@ from posterity.graphs import ADGN
 from posterity.lab.data import Graph, load_graph
 from posterity.lab.nets import weights
 from posterity.lab.tasks import entry
+from posterity.lab.tasks.node_classification import best_of
 from posterity.lab.training import fit, fit_nodes
 
 Property = Literal["dist", "ecc", "diam"]
@@ -223,9 +224,6 @@ def depth(
 @entry("node-classification", "A-DGN", paper="a-dgn")
 def node_entry(train: Any, seed: int) -> Any:
     """Return A-DGN, its iterations chosen on the validation nodes."""
-    graph = train[0]
-    best: tuple[float, Any] = (-1.0, None)
-    for layers in (1, 4, 16):
-        net = weights(ADGN, graph.x.shape[1], 64, int(graph.y.max()) + 1, layers, phi="gcn", seed=seed)
-        best = max(best, (fit_nodes(net, train, seed), net), key=lambda pair: pair[0])
-    return lambda graph: torch.no_grad()(best[1])(graph.x, graph.edge_index)
+    sizes = train[0].x.shape[1], 64, int(train[0].y.max()) + 1
+    nets = (weights(ADGN, *sizes, layers, phi="gcn", seed=seed) for layers in (1, 4, 16))
+    return best_of(nets, train, seed)

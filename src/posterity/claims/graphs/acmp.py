@@ -1,7 +1,7 @@
 """Claims about ACMP: it classifies where diffusion smears, and its energy does not decay."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import networkx as nx
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Positive, Trial, comparison
+from posterity.claims import Count, NotNegative, Positive, Trial, comparison
 from posterity.graphs import ACMP, ACMPConv, consensus_growth_rate, dirichlet_energy
 from posterity.lab.data import Graph, GraphData, dataset, load_graph
 from posterity.lab.data.graph import graph_data
@@ -60,7 +60,7 @@ def unlike_neighbours(
     data: Graph = "unlike-blocks",
     diffusion_times: tuple[Positive, ...] = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0),
     times: tuple[Positive, ...] = (2.0, 8.0),
-    betas: tuple[Annotated[float, Between(0)], ...] = (0.0, 0.15, 0.3),
+    betas: tuple[NotNegative, ...] = (0.0, 0.15, 0.3),
     interaction: Literal["difference", "operator"] = "difference",
     method: Literal["dopri5", "rk4"] = "rk4",
     step_size: Positive = 0.25,
@@ -132,7 +132,7 @@ def unlike_neighbours(
 def energy(
     trial: Trial,
     time: Positive = 100.0,
-    beta: Annotated[float, Between(0)] = 0.2,
+    beta: NotNegative = 0.2,
     channels: Count = 16,
     step_size: Positive = 0.05,
 ) -> dict[str, float]:

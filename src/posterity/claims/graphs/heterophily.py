@@ -22,7 +22,7 @@ from posterity.lab.data import Graph, GraphData, dataset, load_graph
 from posterity.lab.data.graph import graph_data, require_graph
 from posterity.lab.nets import seeded, weights
 from posterity.lab.tasks import entry
-from posterity.lab.training import fit_nodes
+from posterity.lab.tasks.node_classification import best_of
 
 
 @dataset(Graph, "minesweeper-board")
@@ -193,12 +193,7 @@ def leakage(
 @entry("node-classification", "heterophily SAGE", paper="heterophily")
 def node_entry(train: Any, seed: int) -> Any:
     """Return SAGE with residuals, normalisation and separation, its depth chosen on the validation nodes."""
-    graph = train[0]
-    best: tuple[float, Any] = (-1.0, None)
-    for depth in (1, 2, 4):
-        net = weights(
-            HeterophilyGNN, graph.x.shape[1], 64, int(graph.y.max()) + 1,
-            model="SAGE", num_layers=depth, dropout=0.5, seed=seed,
-        )  # fmt: skip
-        best = max(best, (fit_nodes(net, train, seed), net), key=lambda pair: pair[0])
-    return lambda graph: torch.no_grad()(best[1])(graph.x, graph.edge_index)
+    sizes = train[0].x.shape[1], 64, int(train[0].y.max()) + 1
+    options: dict[str, Any] = {"model": "SAGE", "dropout": 0.5, "seed": seed}
+    nets = (weights(HeterophilyGNN, *sizes, num_layers=depth, **options) for depth in (1, 2, 4))
+    return best_of(nets, train, seed)

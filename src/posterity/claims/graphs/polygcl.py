@@ -6,15 +6,15 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from numpy import ndarray
-from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from posterity._checks import needs
-from posterity.claims import Between, Count, Trial, comparison, trend
+from posterity.claims import Between, Count, Several, Trial, comparison, trend
 from posterity.graphs import PolyGCL, contextual_sbm, fit_polygcl
 from posterity.lab.data import Graph, GraphData, dataset, load_graph, split
 from posterity.lab.data.graph import graph_data
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.nets import seeded, weights
 from posterity.lab.tasks import entry
 
@@ -99,7 +99,7 @@ def _polygcl(
     model = weights(PolyGCL, x.shape[1], hidden, seed=seed, **options)
     assert isinstance(model, PolyGCL)
     generator = torch.Generator().manual_seed(seed)
-    fit_polygcl(model, x, edges, epochs=epochs, patience=patience, generator=generator, **(rates or {}))
+    fit_polygcl(model, x, edges, max_epochs=epochs, patience=patience, generator=generator, **(rates or {}))
     return model
 
 
@@ -169,7 +169,7 @@ def learned_filter(
     n_features: Count = 200,
     hidden: Count = 64,
     epochs: Count = 100,
-    steps: Annotated[int, Between(2)] = 7,
+    steps: Several = 7,
 ) -> float:
     """Train on block models from phi -1 to 1 and compare the two filters' values.
 
@@ -187,7 +187,7 @@ def learned_filter(
         gaps.append(low - high)
         trial.track("sum of values, low minus high", float(phi), low - high)
         trial.track("weight in the mixture, low minus high", float(phi), 1 - 2 * share)
-    return float(spearmanr(phis, gaps).statistic)
+    return rank_correlation(phis, gaps)
 
 
 @entry("node-classification", "PolyGCL", paper="polygcl")

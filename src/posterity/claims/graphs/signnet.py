@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from scipy.io import loadmat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Trial, comparison, trend
+from posterity.claims import Count, Several, Trial, comparison, trend
 from posterity.graphs import BasisNet, SignNet, eigenspaces, laplacian_eigs
 from posterity.lab.data import load_photo
 from posterity.lab.nets import seeded
@@ -123,7 +123,7 @@ def spectral_filter(
     image: str = "china.jpg",
     filter: Filter = "band",
     n_patches: Count = 1,
-    size: Annotated[int, Between(2)] = 16,
+    size: Several = 16,
     steps: Count = 300,
     width: Count = 32,
 ) -> dict[str, float]:
@@ -191,9 +191,7 @@ def spectral_filter(
     low=2.0,
     smallest={"size": 4},
 )
-def random_bases(
-    trial: Trial, size: Annotated[int, Between(2)] = 8, width: Count = 32, n_draws: Count = 5
-) -> float:
+def random_bases(trial: Trial, size: Several = 8, width: Count = 32, n_draws: Count = 5) -> float:
     """Turn each eigenspace of a square grid at random, under random networks, untrained.
 
     The change is relative to how much the answers vary over the nodes, and batch statistics

@@ -1,11 +1,9 @@
 """Claims about T-BGRL: a cheap corruption makes embeddings generalise to nodes that come later."""
 
-from typing import Annotated
-
 import numpy as np
 import torch
 
-from posterity.claims import Between, Count, Share, Trial, comparison
+from posterity.claims import Count, NotNegative, Several, Share, Trial, comparison
 from posterity.graphs import (
     TBGRL,
     GCNEncoder,
@@ -74,11 +72,11 @@ def _fits(data: GraphData, **_: object) -> None:
 def newcomers(
     trial: Trial,
     data: Graph = "communities",
-    neg_lambda: Annotated[float, Between(0)] = 0.3,
+    neg_lambda: NotNegative = 0.3,
     hidden: Count = 64,
     width: Count = 32,
     norm_momentum: Share = 0.01,
-    epochs: Annotated[int, Between(2)] = 150,
+    epochs: Several = 150,
     decoder_epochs: Count = 200,
     n_splits: Count = 6,
 ) -> dict[str, float]:
@@ -106,7 +104,7 @@ def newcomers(
             generator = torch.Generator().manual_seed(seed)
             corruption = None if arm == "bgrl" else "shuffle-features+random-edges"
             losses = fit_tbgrl(
-                model, split.train_x, split.train_edge_index, epochs=epochs, warmup=max(1, epochs // 10),
+                model, split.train_x, split.train_edge_index, max_epochs=epochs, warmup_steps=max(1, epochs // 10),
                 corruption=corruption, generator=generator,
             )  # fmt: skip
             for step in range(0, len(losses), 10):

@@ -1,6 +1,5 @@
 """Claims about the complexity-gap score: it cleans a noisy training set, and for less than nets cost."""
 
-import time
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from posterity.claims import Count, Share, Trial, bound, comparison
 from posterity.lab import nets, training
+from posterity.lab.costs import seconds_in_turns
 from posterity.lab.data import ImageData, Labelled, flip_labels, load_labelled, split
 from posterity.lab.data.needs import require_rest
 from posterity.lab.tasks import entry
@@ -154,13 +154,7 @@ def cost(
             lambda rows=rows, labels=labels: cg_scores(rows, labels, jitter=JITTER, random_state=trial.seed),
             lambda rows=rows, labels=labels: _el2n(rows, labels, n_classes, early, trial),
         )
-        seconds = np.empty((rounds + 1, 2))
-        for turn in range(rounds + 1):
-            for who, work in enumerate(works):
-                start = time.perf_counter()
-                work()
-                seconds[turn, who] = time.perf_counter() - start
-        seconds = seconds[1:]  # after one that warms up
+        seconds = seconds_in_turns(works, rounds)
         for who, name in enumerate(("cg-score", "el2n")):
             trial.track(f"seconds: {name}", n, np.median(seconds[:, who]))
         ratio = float(np.median(seconds[:, 0] / seconds[:, 1]))

@@ -9,7 +9,7 @@ from sklearn.neighbors import kneighbors_graph
 
 from posterity.claims import Between, Count, Positive, Trial, comparison
 from posterity.lab.data import Table, TableData, load_table, table_encoder
-from posterity.lab.data.needs import require_rest
+from posterity.lab.data.needs import require_rest, require_task
 from posterity.labels import aggregate_votes, distance_graph, prior_confidence, propagate, smooth_prior
 
 LEAST = 10  # rows without a label
@@ -20,8 +20,7 @@ VOTES = 0.3  # share of the rows at either end on which a rule votes
 def _fits(
     data: TableData, n_labels: int, avg_degree: float = 10.0, n_rows: int | None = None, **_: Any
 ) -> None:
-    if not data.classes:
-        raise ValueError("target must have classes, got numbers")
+    require_task(data.task, "classification")
     n = min(len(data.y), n_rows or len(data.y))
     require_rest(n, "n_labels", n_labels, LEAST, "rows")
     if avg_degree > n:

@@ -18,7 +18,7 @@ Power = Annotated[int, Between(-24, 8)]
 
 
 def _fits(data: ImageData, n: int, narrow: int, wide: int, **_: object) -> None:
-    require_rest(len(data.y), "n", n, 0, "images")
+    require_rest(len(data.y), "n", n, 1, "images")
     _wider(narrow, wide)
 
 

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Positive, Trial, bound, comparison, trend
+from posterity.claims import Between, Count, Positive, Several, Trial, bound, comparison, trend
 from posterity.lab.data import ImageData, Images, load_images
 from posterity.lab.memory import checkpointed, peak_bytes
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.nets import seeded
 from posterity.lab.tasks import Training, Walk, entry
 from posterity.optimization import (
@@ -188,7 +188,7 @@ def guessing(
     data: Images = "digits",
     n_train: Few = 16,
     width: Width = 16,
-    n_models: Annotated[int, Between(2)] = 40,
+    n_models: Several = 40,
     n_searched: Annotated[int, Between(4)] = 100,
     steps: Count = 2_000,
     max_tries: Count = 1_000_000,
@@ -257,7 +257,7 @@ def loss_predicts(
     accuracies = _accuracies(net, found.params, x_test, y_test)
     for part in found.losses.argsort().chunk(10):
         trial.track("test accuracy", float(found.losses[part].mean()), float(accuracies[part].mean()))
-    return float(spearmanr(found.losses.cpu(), accuracies.cpu()).statistic)
+    return rank_correlation(found.losses.cpu(), accuracies.cpu())
 
 
 @bound(

@@ -1,21 +1,20 @@
 """Claims about the identity through a solver: projected it trains where it else collapses, for few calls."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor, nn
 
-from posterity.claims import Between, Count, Trial, comparison
+from posterity.claims import Count, Several, Trial, comparison
 from posterity.lab import nets
 from posterity.lab.data import Images, load_images, split
 from posterity.optimization import CombinatorialLayer, grid_shortest_path
 
 RATES = (1e-4, 1e-3, 1e-2, 3e-2)  # of Adam, of which each arm takes its best on validation grids
 STRENGTHS = (1.0, 5.0, 20.0)
-Side = Annotated[int, Between(2)]
 SOLVE: Any = grid_shortest_path()
 
 
@@ -92,7 +91,7 @@ def _best(
 def projection(
     trial: Trial,
     data: Images = "digits",
-    side: Side = 6,
+    side: Several = 6,
     n_train: Count = 400,
     n_test: Count = 1_000,
     steps: Count = 200,
@@ -134,10 +133,10 @@ def projection(
 def per_solver_call(
     trial: Trial,
     data: Images = "digits",
-    side: Side = 6,
+    side: Several = 6,
     n_train: Count = 400,
     n_test: Count = 1_000,
-    calls: Annotated[int, Between(2)] = 60,
+    calls: Several = 60,
 ) -> dict[str, float]:
     """Spend so many calls of the solver, on a batch each, on training by either gradient.
 

@@ -41,7 +41,7 @@ def _accuracies(
     n = len(images.y)
     train, choose, test = split(n, (n_train / n, CHOOSE / n, 1 - (n_train + CHOOSE) / n), trial.seed)
     x, y = torch.from_numpy(images.x).to(trial.device), torch.from_numpy(images.y).to(trial.device)
-    x = (x - x[train].mean()) / x[train].std()
+    x = (x - x[train].mean()) / x[train].std().clamp_min(1e-6)
     results = {}
     for arm, method in methods.items():
         found = [_train(trial, method, lr, x, y, (train, choose, test), epochs, options) for lr in RATES]

@@ -22,7 +22,7 @@ from posterity.lab.data import (
     split,
     table_encoder,
 )
-from posterity.lab.data.needs import require_rest
+from posterity.lab.data.needs import require_rest, require_task
 from posterity.lab.nets import mlp
 from posterity.lab.tasks import Training, Walk, entry
 from posterity.optimization import SAM, alignment, limit_flow, limiting_sharpness
@@ -198,6 +198,7 @@ def _wide(data: str, target: str | None, n: int, seed: int) -> _Diagonal:
 
 
 def _has_rows(data: TableData, rows: int, **more: Any) -> None:
+    require_task(data.task, "regression")
     if rows > len(data.y):
         raise ValueError(f"rows must be at most the number of rows {len(data.y)}, got {rows}")
 

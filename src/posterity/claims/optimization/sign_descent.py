@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from posterity.claims import Between, Count, Trial, comparison, trend
 from posterity.lab.data import Text, TextData, load_text
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.tasks import Training, Walk, entry
 from posterity.optimization import NormalizedGD, OptimizerCurve, SignDescent, compare_optimizers
 
@@ -79,7 +79,7 @@ def _race(
     make: Callable[[], nn.Module] = lambda: _Transformer(words, length, width)  # noqa: E731
     return compare_optimizers(
         make, _loss, (tokens.to(trial.device),), arms, batch_size=batch_size,
-        n_steps=steps, seed=trial.seed,
+        n_steps=steps, random_state=trial.seed,
     )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def grows_with_the_batch(
         for name, loss in zip(curves, losses, strict=True):
             trial.track(f"loss of {name}", size, loss)
         gaps.append(math.log(losses[0] / losses[1]))
-    return float(spearmanr(sizes, gaps).statistic)
+    return rank_correlation(sizes, gaps)
 
 
 @entry("optimizer", "sign descent", paper="sign-descent")

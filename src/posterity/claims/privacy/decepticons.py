@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posterity.claims import Between, Count, Positive, Trial, comparison
+from posterity.claims import Between, Count, NotNegative, Positive, Trial, comparison
 from posterity.lab.data import Text, TextData, load_text
+from posterity.lab.nets import seeded
 from posterity.privacy import AuditTransformer, LeakageReport, audit_leakage, corrupt_transformer
 
 Length = Annotated[int, Between(2, 1024)]
-Noise = Annotated[float, Between(0)]
 
 
 def _fits(data: TextData, sequences: int, length: int, **_: Any) -> None:
@@ -30,8 +30,7 @@ def _batch(text: TextData, sequences: int, length: int, seed: int) -> Tensor:
 
 
 def _model(text: TextData, length: int, trial: Trial) -> AuditTransformer:
-    with torch.random.fork_rng():
-        torch.manual_seed(trial.seed)
+    with seeded(trial.seed):
         return AuditTransformer(len(text.vocabulary), length).to(trial.device)
 
 
@@ -111,8 +110,8 @@ def noise_stops_it(
     sequences: Count = 8,
     length: Length = 32,
     clip: Positive = 1.0,
-    little: Noise = 1e-3,
-    more: Noise = 1e-2,
+    little: NotNegative = 1e-3,
+    more: NotNegative = 1e-2,
     scales: tuple[Positive, ...] = (1e-4, 1.0, 10.0),
     traced: tuple[Positive, ...] = (1e-12, 1e-9, 1e-6),
 ) -> dict[str, float]:

@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from posterity.claims import Between, Count, Trial, comparison
+from posterity.claims import Count, PartOfAll, Trial, comparison
 from posterity.lab.data import ImageData, Labelled, load_labelled, split
 from posterity.lab.data.needs import require_rest
 from posterity.lab.nets import cnn, mlp
@@ -30,7 +30,6 @@ from posterity.privacy import UnlearningReport, salun, unlearning_report
 TESTED = 1_000  # rows at most
 RATES = (0.003, 0.01, 0.03, 0.1)  # the last is that of the first training
 
-PartOfAll = Annotated[float, Between(0, 1, above=True)]
 Network = Literal["mlp", "cnn"]
 Method = Callable[[nn.Module, Part, Part, float], nn.Module]
 

@@ -24,23 +24,11 @@ GRADES = {  # of diamonds, from worst to best
 }
 
 
-def _table(X: ndarray, y: ndarray) -> TableData:
-    return TableData(pd.DataFrame(X, columns=[f"x{k}" for k in range(X.shape[1])]), y, "regression")
-
-
-@dataset(Table, "long-tailed")
-def _long_tailed(seed: int, n: int = 22_000, d: int = 10) -> TableData:
-    """Return log-normal features of units that differ, and a line with noise of half its spread."""
-    rng = np.random.default_rng(seed)
-    X = rng.lognormal(size=(n, d)) * rng.lognormal(sigma=2.0, size=d)
-    line = X @ (rng.normal(size=d) / X.std(0))
-    return _table(X, line + 0.5 * line.std() * rng.normal(size=n))
-
-
 @dataset(Table, "gaussian-line")
 def _gaussian_line(seed: int, n: int = 22_000, d: int = 10) -> TableData:
     """Return the paper's synthetic design: standard Gaussian features, noise of standard deviation 10."""
-    return _table(*make_regression(n, d, n_informative=d, noise=10.0, random_state=seed))
+    X, y = make_regression(n, d, n_informative=d, noise=10.0, random_state=seed)[:2]
+    return TableData(pd.DataFrame(X, columns=[f"x{k}" for k in range(d)]), y, "regression")
 
 
 @dataset(Table, "diamonds-4c")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Trial, comparison
+from posterity.claims import Between, Count, NotNegative, Trial, comparison
 from posterity.lab import nets, training
 from posterity.lab.costs import seconds_in_turns
 from posterity.lab.data import ImageData, Images, dataset, load_images
@@ -19,7 +19,6 @@ from posterity.representation import CIRCE, hscic
 
 Batch = Annotated[int, Between(4)]
 HeldOut = Annotated[int, Between(10)]
-Weight = Annotated[float, Between(0)]
 NOISE = 0.3  # of the distractor, and of the place that tells the target
 REACH = 1 + 3 * NOISE  # places beyond it are put there
 SIDE = 8  # pixels of the largest image that is placed; the canvas has three times its side
@@ -89,7 +88,7 @@ def shift(
     n_test: Count = 1000,
     steps: Count = 300,
     batch_size: Batch = 256,
-    weight: Weight = 100.0,
+    weight: NotNegative = 100.0,
 ) -> dict[str, float]:
     """Train a network to tell y of an image that lies at (z, y + noise), where z is y + noise too.
 

@@ -9,8 +9,9 @@ from numpy import ndarray
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-from posterity.claims import Between, Count, Positive, Trial, comparison, trend
+from posterity.claims import Between, Count, Positive, Several, Trial, comparison, trend
 from posterity.lab.data import Table, TableData, dataset, load_images, load_table, table_encoder
+from posterity.lab.data.needs import require_task
 from posterity.representation import dfw
 
 DX, DY, R = 20, 10, 4  # inputs and outputs of a task, shared directions
@@ -66,7 +67,7 @@ def _error(distances: Tensor | None) -> float:
 )
 def unlike_tasks(
     trial: Trial,
-    tasks: Annotated[int, Between(2)] = 25,
+    tasks: Several = 25,
     rows: Annotated[int, Between(60)] = 100,
     skew: Annotated[float, Between(0, 2)] = 0.5,
     rounds: Annotated[int, Between(LAST)] = 150,
@@ -85,13 +86,13 @@ def unlike_tasks(
     x, y, phi = _tasks(tasks, rows, skew, torch.Generator().manual_seed(trial.seed), series)
     errors = {}
     for arm, (debias, whiten) in ARMS.items():
-        found = dfw(x, y, R, n_iter=rounds, debias=debias, whiten=whiten, partition="blocks" if series else "shuffle",
+        found = dfw(x, y, R, max_iter=rounds, debias=debias, whiten=whiten, partition="blocks" if series else "shuffle",
                     gap=GAP if series else 0, tol=0, phi_true=phi, random_state=trial.seed)  # fmt: skip
         errors[arm] = _error(found.distances)
         assert found.distances is not None
         for step in range(0, rounds, 5):
             trial.track(arm, step + 1, float(found.distances[step]))
-    plain = [dfw(x, y, R, n_iter=rounds, lr=lr, debias=False, whiten=False, tol=0, phi_true=phi, random_state=trial.seed)
+    plain = [dfw(x, y, R, max_iter=rounds, lr=lr, debias=False, whiten=False, tol=0, phi_true=phi, random_state=trial.seed)
              for lr in RATES]  # fmt: skip
     for lr, found in zip(RATES, plain, strict=True):
         trial.track("AMD by its rate", lr, _error(found.distances))
@@ -122,7 +123,7 @@ def more_tasks(
         each = []
         for _ in range(problems):
             x, y, phi = _tasks(size, rows, skew, rng)
-            found = dfw(x, y, R, n_iter=rounds, phi_true=phi, random_state=trial.seed)
+            found = dfw(x, y, R, max_iter=rounds, phi_true=phi, random_state=trial.seed)
             each.append(np.log(_error(found.distances)))
         logs.append(float(np.mean(each)))
         trial.track("distance by tasks", size, float(np.exp(logs[-1])))
@@ -159,20 +160,19 @@ def _fits(
     site: str,
     n_new: int,
     outputs: str = "",
-    standardise: bool = False,
+    standardize: bool = False,
     name: str = "",
     **_: Any,
 ) -> None:
-    if data.classes:
-        raise ValueError("target must be numbers to regress on, got classes")
+    require_task(data.task, "regression")
     if site not in data.X.columns:
         raise ValueError(f"site must name a column of {name}: {', '.join(data.X.columns)}; got {site!r}")
     inputs = data.X.drop(columns=site)
     inputs = inputs[[c for c in inputs if not (outputs and c.startswith(outputs))]]
-    if not standardise and (
+    if not standardize and (
         inputs.select_dtypes(exclude="number").shape[1] or inputs.isna().to_numpy().any()
     ):
-        raise ValueError(f"standardise must be true for {name}: some columns are text, or have gaps")
+        raise ValueError(f"standardize must be true for {name}: some columns are text, or have gaps")
     if not inputs.shape[1]:
         raise ValueError(f"outputs={outputs!r} leaves no column of {name} to predict from")
     counts = data.X[site].value_counts()
@@ -184,12 +184,12 @@ def _fits(
 
 
 def _sites(
-    table: TableData, site: str, outputs: str, rows: int, seed: int, least: int, standardise: bool
+    table: TableData, site: str, outputs: str, rows: int, seed: int, least: int, standardize: bool
 ) -> list[tuple[ndarray, ndarray]]:
     """Return inputs and outputs of each site that has rows enough, in random order."""
     also = [c for c in table.X.columns if c.startswith(outputs)] if outputs else []
     inputs = table.X.drop(columns=[site, *also])
-    x = np.asarray(table_encoder().fit_transform(inputs) if standardise else inputs, float)
+    x = np.asarray(table_encoder().fit_transform(inputs) if standardize else inputs, float)
     y = np.column_stack([table.y, *(table.X[c].fillna(0) for c in also)]).astype(float)
     labels, rng = table.X[site].to_numpy(), np.random.default_rng(seed)
     parts = []
@@ -221,17 +221,17 @@ def new_site(
     rows: Annotated[int, Between(50)] = 400,
     rounds: Count = 60,
     ridge: Positive = 1.0,
-    standardise: bool = False,
+    standardize: bool = False,
 ) -> dict[str, float]:
     """Leave out each site in turn, learn a representation from the others, and fit a head to a few of its rows.
 
     The first arm is ridge regression on the inputs, and the heads are ridge regressions on features, each with a
     penalty that leaving one row out chooses. ``outputs`` begins the names of columns that are outputs beside the
-    target. A site is centred before its part in the representation. ``standardise`` is for columns of unlike units,
+    target. A site is centred before its part in the representation. ``standardize`` is for columns of unlike units,
     of text, or with gaps.
     """
     table = load_table(data, target=target, task="regression", seed=trial.seed)
-    parts = _sites(table, site, outputs, rows, trial.seed, n_new + LEAST, standardise)
+    parts = _sites(table, site, outputs, rows, trial.seed, n_new + LEAST, standardize)
     centred = [[torch.from_numpy(v - v.mean(0)) for v in part] for part in parts]
     found: dict[str, list[float]] = {"ridge regression": [], "AMD": [], "DFW": []}
     for k, (x, y) in enumerate(parts):
@@ -240,7 +240,7 @@ def new_site(
         maps = {"ridge regression": np.eye(x.shape[1])}
         for arm in ("AMD", "DFW"):
             debias, whiten = ARMS[arm]
-            learned = dfw([x for x, _ in others], [y for _, y in others], dims, n_iter=rounds, debias=debias,
+            learned = dfw([x for x, _ in others], [y for _, y in others], dims, max_iter=rounds, debias=debias,
                           whiten=whiten, ridge=ridge, random_state=trial.seed)  # fmt: skip
             maps[arm] = learned.phi.T.numpy()
         for arm, phi in maps.items():

@@ -1,12 +1,10 @@
 """Claims about DINO-vMF: how many prototypes stay in use, what the features are worth, the digits of the constant."""
 
-from typing import Annotated
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posterity.claims import Between, Count, Positive, Trial, bound, comparison
+from posterity.claims import Count, Positive, Several, Trial, bound, comparison
 from posterity.lab.data import Images, load_images
 from posterity.lab.nets import seeded
 from posterity.lab.selfsup import descend, encoder_for, feature_dim, image_parts, require_parts, worth
@@ -14,7 +12,6 @@ from posterity.lab.tasks import entry
 from posterity.lab.tasks.self_supervised import STEPS, Features, features_of
 from posterity.representation import DINOHead, SelfDistillation, vmf_log_normalizer
 
-Several = Annotated[int, Between(2)]
 ARMS = {  # kind of prototypes, and what the teacher's centre averages
     "normalized": ("normalized", "logit"),
     "normalized, probability centre": ("normalized", "probability"),
@@ -39,7 +36,7 @@ def _distilled(
     ).to(device)  # fmt: skip
     descend(
         lambda rows, see: model.loss([see(), see()]),
-        torch.optim.AdamW(model.student_parameters(), lr=2e-3, weight_decay=1e-4), x, steps=steps,
+        torch.optim.AdamW(model.trainable_parameters(), lr=2e-3, weight_decay=1e-4), x, steps=steps,
         batch_size=batch_size, seed=seed, device=device, on_step=model.update_teacher,
     )  # fmt: skip
     return model.cpu().eval()

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from posterity._checks import needs
-from posterity.claims import Between, Count, Positive, Trial, comparison, trend
+from posterity.claims import Between, Count, Positive, Several, Trial, comparison, trend
 from posterity.lab.data import ImageData, Images, dataset, load_images
 from posterity.lab.data.images import require_images
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.nets import seeded
 from posterity.lab.selfsup import descend, encoder_for, feature_dim
 from posterity.lab.tasks import entry
 from posterity.lab.tasks.self_supervised import STEPS, Features, features_of
 from posterity.representation import PsCo, evaluate_few_shot
 
-Steps = Annotated[int, Between(2)]
 WAYS, QUERIES = 5, 15  # of a task: classes, and images of each to classify
 OMNIGLOT = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
 PARTS = {
@@ -102,7 +102,7 @@ def trained(
             on_step(next(done), model, rows, key)
         return model.loss(query, key)
 
-    opt = torch.optim.AdamW(model.parameters_to_train(), lr=lr, weight_decay=1e-4)
+    opt = torch.optim.AdamW(model.trainable_parameters(), lr=lr, weight_decay=1e-4)
     descend(value, opt, x, steps=steps, batch_size=batch_size, seed=seed, device=device)
     return model.eval()
 
@@ -153,8 +153,8 @@ def _batches_fit(data: ImageData, batch_size: int, queue_size: int, steps: int, 
     check=_fits,
 )
 def few_labels(
-    trial: Trial, data: Images = "digits", steps: Steps = 250, n_shots: Annotated[int, Between(1, 1024)] = 4,
-    meta_weight: Positive = 1.0, k_shot: Count = 1, n_tasks: Annotated[int, Between(2)] = 400,
+    trial: Trial, data: Images = "digits", steps: Several = 250, n_shots: Annotated[int, Between(1, 1024)] = 4,
+    meta_weight: Positive = 1.0, k_shot: Count = 1, n_tasks: Several = 400,
     width: Count = 16, dim: Count = 64,
 ) -> dict[str, float]:  # fmt: skip
     """Train with and without the pseudo task, all else equal, on the first half of the classes without their labels.
@@ -186,13 +186,11 @@ def few_labels(
     check=_batches_fit,
 )
 def labels_improve(
-    trial: Trial, data: Images = "digits", steps: Steps = 250, n_shots: Annotated[int, Between(1, 128)] = 4,
+    trial: Trial, data: Images = "digits", steps: Several = 250, n_shots: Annotated[int, Between(1, 128)] = 4,
     queue_size: Annotated[int, Between(128)] = 1024, batch_size: Annotated[int, Between(2, 128)] = 128,
     every: Count = 10, width: Count = 16, dim: Count = 64,
 ) -> float:  # fmt: skip
     """Compare the class of each shot with that of its image, once the queue holds images only."""
-    from scipy.stats import spearmanr
-
     x, y, *_ = _parts(data)
     held, where, shares = torch.full((queue_size,), -1), torch.full((queue_size,), -1), []
 
@@ -214,7 +212,7 @@ def labels_improve(
         trial.track("share of shots of the right class by step: of other images", step, others)
     trial.record("share of shots of the right class, at the end", means[-1][1])
     trial.record("by chance", float((torch.bincount(y) / len(y)).square().sum()))
-    return float(spearmanr([m[0] for m in means], [m[1] for m in means]).statistic)
+    return rank_correlation([m[0] for m in means], [m[1] for m in means])
 
 
 @entry("self-supervised", "PsCo", paper="psco")

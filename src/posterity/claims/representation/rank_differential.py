@@ -1,11 +1,9 @@
 """Claims about rank differential: a filter without parameters prevents collapse, and the online rank is the lower."""
 
-from typing import Annotated
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Trial, bound, comparison, trend
+from posterity.claims import Count, Several, Trial, bound, comparison, trend
 from posterity.lab.data import Images, load_images
 from posterity.lab.nets import seeded
 from posterity.lab.selfsup import (
@@ -23,7 +21,6 @@ from posterity.lab.tasks import entry
 from posterity.lab.tasks.self_supervised import Features, learned_features
 from posterity.representation import RankMonitor, RDMLoss, spectral_filter
 
-Steps = Annotated[int, Between(2)]
 OUT = 64  # dimensions of the projector's output
 
 
@@ -73,7 +70,7 @@ def _trained(trial: Trial, parts: Parts, loss: Loss, steps: int) -> Pretrained:
     check=require_parts,
 )  # fmt: skip
 def keeps_rank(
-    trial: Trial, data: Images = "digits", steps: Steps = 150, labels_per_class: Count = 10
+    trial: Trial, data: Images = "digits", steps: Several = 150, labels_per_class: Count = 10
 ) -> dict[str, float]:
     """Train the same network with six losses that align two views, and nothing else.
 
@@ -102,7 +99,7 @@ def keeps_rank(
     check=require_parts,
 )
 def features(
-    trial: Trial, data: Images = "digits", steps: Steps = 200, labels_per_class: Count = 10
+    trial: Trial, data: Images = "digits", steps: Several = 200, labels_per_class: Count = 10
 ) -> dict[str, float]:
     """Train with alignment alone and with whitened targets."""
     parts, losses = image_parts(load_images(data), trial.seed), _losses(trial.seed)
@@ -125,7 +122,7 @@ def features(
     smallest={"steps": 2},
     check=require_parts,
 )
-def lower_online(trial: Trial, data: Images = "digits", steps: Steps = 200) -> float:
+def lower_online(trial: Trial, data: Images = "digits", steps: Several = 200) -> float:
     """Look at both branches at every step of training with a filter log(1 + s)."""
     parts, monitor, loss = image_parts(load_images(data), trial.seed), RankMonitor(), RDMLoss("log1p")
 
@@ -150,7 +147,7 @@ def lower_online(trial: Trial, data: Images = "digits", steps: Steps = 200) -> f
     smallest={"steps": 4},
     check=require_parts,
 )
-def predictor_filters(trial: Trial, data: Images = "digits", steps: Steps = 200) -> float:
+def predictor_filters(trial: Trial, data: Images = "digits", steps: Several = 200) -> float:
     """Look at both branches of SimSiam at every step; the record has the share of steps at which the online rank is lower."""
     parts, loss = image_parts(load_images(data), trial.seed), LearnedPredictor(trial.seed)
     _trained(trial, parts, loss, steps)

@@ -2,23 +2,23 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Trial, comparison, trend
+from posterity.claims import Count, Several, Trial, comparison, trend
 from posterity.lab.costs import seconds_in_turns
 from posterity.lab.data import Images, load_images
 from posterity.lab.memory import peak_bytes
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.selfsup import Parts, effective_rank, embedded, image_parts, pretrain, require_parts, worth
 from posterity.lab.tasks import entry
 from posterity.lab.tasks.self_supervised import Features, learned_features
 from posterity.representation import SFRIKLoss, VICRegLoss
 
-Width = Annotated[int, Between(2)]
 Loss = Callable[[Tensor, Tensor], Tensor]
 # both methods choose among these by validation
 SFRIK = tuple(partial(SFRIKLoss, alignment_weight=weight) for weight in (1.0, 10.0))
@@ -53,7 +53,9 @@ def _step(loss: Loss, n: int, dim: int) -> Callable[[], Any]:
     timed=True,
     smallest={"dim": 256, "batch_size": 64, "rounds": 1},
 )
-def cheap(trial: Trial, dim: Width = 8192, batch_size: Width = 256, rounds: Count = 2) -> dict[str, float]:
+def cheap(
+    trial: Trial, dim: Several = 8192, batch_size: Several = 256, rounds: Count = 2
+) -> dict[str, float]:
     """Run both losses in turns on random outputs, VICReg from its covariance matrices as its paper writes it.
 
     Curves have seconds and the most bytes of tensors alive, against the dimension and against the batch; beside
@@ -168,8 +170,6 @@ def no_collapse(
 )
 def degrees(trial: Trial, data: Images = "digits", steps: Count = 200) -> float:
     """Train with degrees 1, up to 2 and up to 3, at an alignment weight of 1."""
-    from scipy.stats import spearmanr
-
     parts = image_parts(load_images(data), trial.seed)
     ranks = []
     for degree in (1, 2, 3):
@@ -177,7 +177,7 @@ def degrees(trial: Trial, data: Images = "digits", steps: Count = 200) -> float:
         net = pretrain(loss, parts.x, steps=steps, seed=trial.seed, device=trial.device)
         ranks.append(effective_rank(embedded(nn.Sequential(net.encoder, net.projector), parts.x)))
         trial.track("effective rank of the outputs by degrees", degree, ranks[-1])
-    return float(spearmanr((1, 2, 3), ranks).statistic)
+    return rank_correlation((1, 2, 3), ranks)
 
 
 @entry("self-supervised", "SFRIK", paper="sfrik")

@@ -1,21 +1,19 @@
 """Claims about duality: one criterion falls with the other, the family is level, and narrow outputs do."""
 
 from collections.abc import Callable
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Positive, Trial, bound, comparison, trend
+from posterity.claims import Count, Positive, Several, Trial, bound, comparison, trend
 from posterity.lab.data import Images, load_images
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.selfsup import Parts, image_parts, pretrain, require_parts, worth
 from posterity.lab.tasks import entry
 from posterity.lab.tasks.self_supervised import Features, learned_features
 from posterity.representation import ContrastiveCriterion, NTXentLoss, VICRegLoss
 
-Steps = Annotated[int, Between(2)]
-Width = Annotated[int, Between(2)]
 FAMILY: dict[str, Callable[[], nn.Module]] = {
     "SimCLR": NTXentLoss,
     "SimCLR, squared": lambda: NTXentLoss(similarity="sq"),
@@ -67,15 +65,13 @@ def _along(trial: Trial, data: str, steps: int) -> list[tuple[int, tuple[float, 
     smallest={"steps": 10},
     check=require_parts,
 )
-def falls_with_the_other(trial: Trial, data: Images = "digits", steps: Steps = 300) -> float:
+def falls_with_the_other(trial: Trial, data: Images = "digits", steps: Several = 300) -> float:
     """Track both criteria of unit rows while the criterion of samples is minimised."""
-    from scipy.stats import spearmanr
-
     seen = _along(trial, data, steps)
     for step, (samples, dimensions, *_) in seen:
         trial.track("criterion by step: of samples", step, samples)
         trial.track("criterion by step: of dimensions", step, dimensions)
-    return float(spearmanr([terms[0] for _, terms in seen], [terms[1] for _, terms in seen]).statistic)
+    return rank_correlation([terms[0] for _, terms in seen], [terms[1] for _, terms in seen])
 
 
 @bound(
@@ -87,7 +83,7 @@ def falls_with_the_other(trial: Trial, data: Images = "digits", steps: Steps = 3
     smallest={"steps": 5},
     check=require_parts,
 )
-def identity(trial: Trial, data: Images = "digits", steps: Steps = 100) -> float:
+def identity(trial: Trial, data: Images = "digits", steps: Several = 100) -> float:
     """Compute both Gram matrices of a network's outputs while it learns."""
     errors = [abs(b + t - a - s) / (a + s) for _, (a, b, s, t) in _along(trial, data, steps)]
     return max(errors)
@@ -109,7 +105,7 @@ def _accuracy(
     smallest={"steps": 2},
     check=require_parts,
 )
-def level(trial: Trial, data: Images = "digits", steps: Steps = 150, labels_per_class: Count = 10) -> float:
+def level(trial: Trial, data: Images = "digits", steps: Several = 150, labels_per_class: Count = 10) -> float:
     """Train the same network with the eight losses of the family."""
     parts = image_parts(load_images(data), trial.seed)
     found = {}
@@ -131,7 +127,7 @@ def level(trial: Trial, data: Images = "digits", steps: Steps = 150, labels_per_
     check=require_parts,
 )
 def temperature(
-    trial: Trial, data: Images = "digits", steps: Steps = 300, low: Positive = 0.15, high: Positive = 0.5,
+    trial: Trial, data: Images = "digits", steps: Several = 300, low: Positive = 0.15, high: Positive = 0.5,
     labels_per_class: Count = 10,
 ) -> dict[str, float]:  # fmt: skip
     """Train with NT-Xent at both temperatures."""
@@ -152,7 +148,7 @@ def temperature(
     check=require_parts,
 )
 def narrow(
-    trial: Trial, data: Images = "digits", steps: Steps = 300, wide: Width = 512, few: Width = 64,
+    trial: Trial, data: Images = "digits", steps: Several = 300, wide: Several = 512, few: Several = 64,
     labels_per_class: Count = 10,
 ) -> float:  # fmt: skip
     """Train VICReg with both widths of the projector's output."""

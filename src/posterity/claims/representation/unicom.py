@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from posterity.claims import Between, Trial, comparison
+from posterity.claims import Between, PartOfAll, Several, Trial, comparison
 from posterity.lab.data import ImageData, Images, load_images
 from posterity.lab.nets import seeded
 from posterity.lab.selfsup import (
@@ -26,9 +26,6 @@ from posterity.representation import (
     recall_at_k,
 )
 
-Steps = Annotated[int, Between(2)]
-Clusters = Annotated[int, Between(2)]
-Rate = Annotated[float, Between(0, 1, above=True)]
 ARMS = ("full softmax", "partial classes", "partial classes and features")
 DIM, SHORT = 128, 16  # of embeddings, and of cuts of them
 
@@ -106,8 +103,8 @@ def _found(
     check=_fits,
 )
 def conflict(
-    trial: Trial, data: Images = "digits", n_clusters: Clusters = 300, class_rate: Rate = 0.1,
-    n_features: Annotated[int, Between(1, 128)] = 64, steps: Steps = 500, batch_size: Clusters = 32,
+    trial: Trial, data: Images = "digits", n_clusters: Several = 300, class_rate: PartOfAll = 0.1,
+    n_features: Annotated[int, Between(1, 128)] = 64, steps: Several = 500, batch_size: Several = 32,
 ) -> dict[str, float]:  # fmt: skip
     """Cluster pixels, thirty clusters a digit, and train to tell the clusters apart, all arms alike.
 
@@ -130,8 +127,8 @@ def conflict(
     check=_fits,
 )
 def compact(
-    trial: Trial, data: Images = "digits", n_clusters: Clusters = 300, class_rate: Rate = 0.1,
-    n_features: Annotated[int, Between(1, 128)] = 64, steps: Steps = 500, batch_size: Clusters = 32,
+    trial: Trial, data: Images = "digits", n_clusters: Several = 300, class_rate: PartOfAll = 0.1,
+    n_features: Annotated[int, Between(1, 128)] = 64, steps: Several = 500, batch_size: Several = 32,
 ) -> dict[str, float]:  # fmt: skip
     """Train as `conflict` does, and cut the embeddings of test images into parts."""
     return _found(trial, data, n_clusters, class_rate, n_features, steps, batch_size)["short"]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from posterity.claims import Between, Count, Positive, Trial, comparison
+from posterity.claims import Between, Count, NotNegative, Positive, Several, Trial, comparison
 from posterity.lab.data import ImageData, Images, load_images
 from posterity.lab.selfsup import (
     embedded,
@@ -173,7 +173,7 @@ def all_classes(
         net = linear_contrastive_representation(views[0] - mean, views[1] - mean, min(dim, p), ridge=ridge)
         score = measure_tradeoff(
             lambda x, w=net.weight, mean=mean: (x - mean) @ w.T, target, [every], n_labels=(labels_per_class,),
-            repeats=10, random_state=trial.seed,
+            n_repeats=10, random_state=trial.seed,
         )  # fmt: skip
         found[arm] = score.universality
         trial.record(f"accuracy on the two classes, {arm}", float(score.label_efficiency[-1]))
@@ -192,8 +192,8 @@ def all_classes(
     check=require_parts,
 )
 def regularised(
-    trial: Trial, data: Images = "digits", steps: Annotated[int, Between(2)] = 100, epochs: Count = 100,
-    labels_per_class: Count = 5, weight: Annotated[float, Between(0)] = 1.0, lr: Positive = 0.06, draws: Count = 3,
+    trial: Trial, data: Images = "digits", steps: Several = 100, epochs: Count = 100,
+    labels_per_class: Count = 5, weight: NotNegative = 1.0, lr: Positive = 0.06, draws: Count = 3,
 ) -> dict[str, float]:  # fmt: skip
     """Fine-tune a SimCLR encoder on some draws of few labels, in the three ways.
 
@@ -207,7 +207,7 @@ def regularised(
         rows = few_of_each(parts.y, labels_per_class, draw)
         tune = partial(
             fine_tune, encoder, parts.x[rows].to(trial.device), parts.y[rows].to(trial.device), augment=view_for(parts.x),
-            n_classes=parts.n_classes, projector=projector, weight=weight, epochs=epochs, lr=lr, seed=draw,
+            n_classes=parts.n_classes, projector=projector, weight=weight, epochs=epochs, lr=lr, random_state=draw,
         )  # fmt: skip
         for mode, values in accuracy.items():
             predicted = tune(mode=mode).predict(parts.x_test.to(trial.device)).cpu()
@@ -231,7 +231,7 @@ def fine_tuned(train: Tensor, seed: int) -> Features:
         if len(y) not in tuned:
             tuned[len(y)] = fine_tune(
                 net.encoder, labelled, y, augment=view_for(train), n_classes=int(y.max()) + 1, projector=net.projector,
-                weight=1.0, epochs=100, seed=seed,
+                weight=1.0, epochs=100, random_state=seed,
             ).encoder  # fmt: skip
         return embedded(tuned[len(y)], x)
 

@@ -2,13 +2,13 @@
 
 import copy
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Positive, Trial, comparison
+from posterity.claims import Count, NotNegative, Positive, Trial, comparison
 from posterity.lab import nets, training
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
@@ -17,7 +17,7 @@ from posterity.robustness import (
     NeuralODEBlock,
     TimeLinear,
     certify,
-    eps_schedule,
+    epsilon_schedule,
     interval_bounds,
     trajectory_graph,
 )
@@ -43,9 +43,9 @@ def _net(inputs: int, classes: int, width: int) -> nn.Sequential:
 
 
 def _train(
-    x: Tensor, y: Tensor, classes: int, eps: float, width: int, epochs: int, trial: Trial
+    x: Tensor, y: Tensor, classes: int, epsilon: float, width: int, epochs: int, trial: Trial
 ) -> nn.Sequential:
-    """Return a network trained by the likelihood (``eps`` 0), or for boxes of ``eps``."""
+    """Return a network trained by the likelihood (``epsilon`` 0), or for boxes of ``epsilon``."""
     net: Any = nets.weights(_net, x.shape[1], classes, width, seed=trial.seed)
     certified = CertifiedLoss(generator=torch.Generator().manual_seed(trial.seed))
     steps, taken = epochs * math.ceil(len(x) / min(128, len(x))), 0
@@ -53,12 +53,12 @@ def _train(
     def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         nonlocal taken
         done, taken = taken / steps, taken + 1
-        if not eps:
+        if not epsilon:
             return F.cross_entropy(net(x), y)
         certified.q = 0.15 + 0.18 * math.sin(math.pi / 2 * done)
         certified.n_trajectories = 1 if done < 0.4 else 2
-        now = eps_schedule(done, start=0.05, length=0.6, target=eps)
-        return certified(net, x, y, now, eps_target=eps)  # type: ignore[arg-type]
+        now = epsilon_schedule(done, start=0.05, length=0.6, target=epsilon)
+        return certified(net, x, y, now, epsilon_target=epsilon)  # type: ignore[arg-type]
 
     training.fit(net, loss, (x, y), epochs=epochs, batch_size=128, lr=3e-3, clip=1000.0, seed=trial.seed,
                  device=trial.device)  # fmt: skip
@@ -72,7 +72,7 @@ def _train(
     arms=("standard training", "gains training"),
     metric="certified accuracy on test images, boxes through the trajectory graph",
     better="higher",
-    smallest={"n_train": 150, "n_test": 2, "epochs": 2, "width": 4, "eps": 0.01},
+    smallest={"n_train": 150, "n_test": 2, "epochs": 2, "width": 4, "epsilon": 0.01},
     check=_fits,
 )
 def certified_training(
@@ -80,7 +80,7 @@ def certified_training(
     data: Images = "digits",
     n_train: Count = 1200,
     n_test: Count = 60,
-    eps: Positive = 0.1,
+    epsilon: Positive = 0.1,
     width: Count = 24,
     epochs: Count = 40,
 ) -> dict[str, float]:
@@ -89,24 +89,24 @@ def certified_training(
     The arms share images, initial weights, batches and epochs. The records have the clean
     accuracy, which is what proofs cost, and the nodes of the trajectory graph of a test image.
     The curves show, for the standard network, how nodes and trajectories grow with the length
-    of time. The paper's setting is MNIST with convolutions, 100 epochs and eps 0.1 to 0.2.
+    of time. The paper's setting is MNIST with convolutions, 100 epochs and epsilon 0.1 to 0.2.
     """
     x, y, x_test, y_test, classes = _images(data, n_train, n_test, trial.seed)
     proved = {}
-    for arm, train_eps in {"standard training": 0.0, "gains training": 1.1 * eps}.items():
-        net = _train(x, y, classes, train_eps, width, epochs, trial)
-        proved[arm] = float(certify(net, x_test, y_test, eps, method="box").verified.float().mean())
+    for arm, train_epsilon in {"standard training": 0.0, "gains training": 1.1 * epsilon}.items():
+        net = _train(x, y, classes, train_epsilon, width, epochs, trial)
+        proved[arm] = float(certify(net, x_test, y_test, epsilon, method="box").verified.float().mean())
         with torch.no_grad():
             accuracy = (net(x_test).argmax(1) == y_test).float().mean()
         trial.record(f"accuracy, {arm}", accuracy)
-        one = ((x_test[:1] - eps).clamp(0, 1), (x_test[:1] + eps).clamp(0, 1))
-        for t1 in (1.0, 2.0, 4.0, 8.0) if not train_eps else (1.0,):
+        one = ((x_test[:1] - epsilon).clamp(0, 1), (x_test[:1] + epsilon).clamp(0, 1))
+        for t1 in (1.0, 2.0, 4.0, 8.0) if not train_epsilon else (1.0,):
             long: Any = copy.deepcopy(net)
             long[2].t1 = t1
             graph = trajectory_graph(long[2], *interval_bounds(long[:2], *one), max_nodes=20_000)
             if t1 == 1:
                 trial.record(f"nodes, {arm}", len(graph.nodes))
-            if not train_eps:
+            if not train_epsilon:
                 trial.track("nodes", t1, len(graph.nodes))
                 trial.track("log2 of the trajectories", t1, math.log2(graph.n_trajectories))
     return proved
@@ -119,7 +119,7 @@ def certified_training(
     arms=("box", "gains"),
     metric="certified accuracy on test images",
     better="higher",
-    smallest={"n_train": 150, "n_test": 2, "epochs": 2, "width": 4, "eps": 0.01},
+    smallest={"n_train": 150, "n_test": 2, "epochs": 2, "width": 4, "epsilon": 0.01},
     check=_fits,
 )
 def verification(
@@ -127,8 +127,8 @@ def verification(
     data: Images = "digits",
     n_train: Count = 1200,
     n_test: Count = 100,
-    eps: Positive = 0.15,
-    train_eps: Annotated[float, Between(0)] = 0.11,
+    epsilon: Positive = 0.15,
+    train_epsilon: NotNegative = 0.11,
     width: Count = 24,
     epochs: Count = 40,
 ) -> dict[str, float]:
@@ -139,8 +139,8 @@ def verification(
     and the mean of the margins gained.
     """
     x, y, x_test, y_test, classes = _images(data, n_train, n_test, trial.seed)
-    net = _train(x, y, classes, train_eps, width, epochs, trial)
-    found = {method: certify(net, x_test, y_test, eps, method=method) for method in ("box", "gains")}
+    net = _train(x, y, classes, train_epsilon, width, epochs, trial)
+    found = {method: certify(net, x_test, y_test, epsilon, method=method) for method in ("box", "gains")}
     with torch.no_grad():
         trial.record("accuracy", (net(x_test).argmax(1) == y_test).float().mean())
     gained = found["gains"].margin - found["box"].margin

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Positive, Trial, comparison
+from posterity.claims import Between, Count, NotNegative, Positive, Trial, comparison
 from posterity.lab import nets
 from posterity.lab.data import ImageData, Images, load_images
 from posterity.robustness import (
@@ -155,7 +155,7 @@ def few_poisons(
     strength: Positive = 0.2,
     frequency: Positive = 4.0,
     network: Literal["mlp", "convnet"] = "mlp",
-    relative_ridge: Annotated[float, Between(0)] = 0.12,
+    relative_ridge: NotNegative = 0.12,
     max_iter: Annotated[int, Between(0)] = 60,
     width: Count = 256,
     steps: Count = 400,
@@ -214,7 +214,7 @@ def hidden_poisons(
     n_poisons: Count = 16,
     strength: Positive = 0.2,
     frequency: Positive = 4.0,
-    relative_ridge: Annotated[float, Between(0)] = 0.12,
+    relative_ridge: NotNegative = 0.12,
     max_iter: Annotated[int, Between(0)] = 60,
     width: Count = 256,
     steps: Count = 400,

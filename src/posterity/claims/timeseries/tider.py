@@ -9,7 +9,7 @@ from numpy import ndarray
 from scipy.signal import lfilter
 from torch import Tensor
 
-from posterity.claims import Between, Count, Trial, comparison, trend
+from posterity.claims import Between, Count, NotNegative, Trial, comparison, trend
 from posterity.lab.data import Series, SeriesData, dataset, load_series
 from posterity.lab.data.needs import require_rows
 from posterity.lab.tasks import entry
@@ -160,9 +160,9 @@ def recovery(
     trial: Trial,
     missing_rate: Annotated[float, Between(0.01, 0.9)] = 0.8,
     epochs: Count = 400,
-    l2: Annotated[float, Between(0)] = 0.001,
-    ar: Annotated[float, Between(0)] = 0.2,
-    smooth: Annotated[float, Between(0)] = 0.1,
+    l2: NotNegative = 0.001,
+    ar: NotNegative = 0.2,
+    smooth: NotNegative = 0.1,
 ) -> dict[str, float]:
     """Take apart 40 sensors, each with a daily rhythm and a walk of its own size, and a shared disturbance.
 

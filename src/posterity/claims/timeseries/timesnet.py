@@ -11,35 +11,14 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Trial, comparison
+from posterity.claims import Between, Count, NotNegative, PartOfAll, Several, Trial, comparison
 from posterity.lab import nets, training
-from posterity.lab.data import Series, SeriesData, dataset, load_series
+from posterity.lab.data import Series, SeriesData, load_series
 from posterity.lab.data.needs import require_rows
 from posterity.lab.tasks import HISTORY, HORIZON, entry
 from posterity.timeseries import TimesNet, TimesNetForecaster, TimesNetImputer
 
 SIZE = {"d_model": 16, "d_ff": 32, "top_k": 3}
-
-
-@dataset(Series, "two-rhythms")
-def two_rhythms(seed: int) -> SeriesData:
-    """Return 6,000 hours of seven variables with a daily and a weekly rhythm.
-
-    Each has a daily profile of its own, whose strength drifts slowly and differs by the
-    day of the week; a weekly level; noise that decays by 0.9 an hour; and white noise.
-    """
-    rng, hours, c = np.random.default_rng(seed), np.arange(6_000), 7
-    rough = rng.normal(size=(24, c))
-    profile = (np.roll(rough, 1, axis=0) + 2 * rough + np.roll(rough, -1, axis=0)) / 4
-    profile = (profile - profile.mean(0)) / profile.std(0)
-    weekday = rng.uniform(0.4, 1.6, size=(7, c))
-    phase = rng.random((2, c))
-    drift = np.exp(0.4 * np.sin(2 * np.pi * (hours[:, None] / 1_500 + phase[0])))
-    level = 0.5 * np.sin(2 * np.pi * (hours[:, None] / 168 + phase[1]))
-    lasting = lfilter([0.2], [1, -0.9], rng.normal(size=(len(hours), c)), axis=0)
-    values = profile[hours % 24] * weekday[hours // 24 % 7] * drift + level + lasting
-    values += 0.1 * rng.normal(size=values.shape)
-    return SeriesData(values, tuple(f"x{k}" for k in range(c)))
 
 
 def _parts(data: str, seed: int) -> tuple[ndarray, ndarray]:
@@ -120,9 +99,9 @@ def _apply(net: nn.Module, trial: Trial, x: Tensor, **inputs: Tensor) -> Tensor:
 def imputation(
     trial: Trial,
     data: Series = "two-rhythms",
-    mask_rate: Annotated[float, Between(0, 1, above=True)] = 0.25,
+    mask_rate: PartOfAll = 0.25,
     steps: Count = 300,
-    seq_len: Annotated[int, Between(2)] = 96,
+    seq_len: Several = 96,
     n_kernels: Count = 3,
     batch_size: Count = 16,
 ) -> dict[str, float]:
@@ -180,7 +159,7 @@ def forecasting(
     data: Series = "two-rhythms",
     horizon: Count = 24,
     steps: Count = 300,
-    seq_len: Annotated[int, Between(2)] = 96,
+    seq_len: Several = 96,
     n_kernels: Count = 3,
     batch_size: Count = 16,
 ) -> dict[str, float]:
@@ -221,10 +200,10 @@ def forecasting(
 def detection(
     trial: Trial,
     data: Series = "two-rhythms",
-    spike: Annotated[float, Between(0)] = 1.5,
+    spike: NotNegative = 1.5,
     share: Annotated[float, Between(0, 0.5, above=True)] = 0.02,
     steps: Count = 300,
-    seq_len: Annotated[int, Between(2)] = 96,
+    seq_len: Several = 96,
     n_kernels: Count = 3,
     batch_size: Count = 16,
 ) -> dict[str, float]:
@@ -269,11 +248,11 @@ def detection(
 )
 def classification(
     trial: Trial,
-    noise: Annotated[float, Between(0)] = 1.0,
+    noise: NotNegative = 1.0,
     n_train: Count = 256,
     n_test: Count = 1_000,
     steps: Count = 300,
-    seq_len: Annotated[int, Between(2)] = 96,
+    seq_len: Several = 96,
     n_kernels: Count = 3,
     batch_size: Count = 16,
 ) -> dict[str, float]:

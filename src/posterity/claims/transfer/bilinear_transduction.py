@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from posterity.claims import Between, Count, Positive, Trial, comparison
 from posterity.lab import nets, training
 from posterity.lab.data import Table, TableData, dataset, load_table, split, table_encoder
+from posterity.lab.data.needs import require_task
 from posterity.transfer import BilinearTransductionPolicy, BilinearTransductionRegressor
 
 OUTSIDE = "outside"  # of the sets made here: how far a row is beyond the training range, 0 inside
@@ -113,8 +114,7 @@ def _fits(
     data: TableData, name: str, split_column: str | None, quantile: float, inputs: tuple[str, ...], outputs: str,
     **_: Any,
 ) -> None:  # fmt: skip
-    if data.classes:
-        raise ValueError("target must be numbers to regress on, got classes")
+    require_task(data.task, "regression")
     column, wanted = _choice(data.X.columns, name, split_column, inputs)
     numbers = list(data.X.select_dtypes("number").columns)
     if column not in numbers:
@@ -216,8 +216,8 @@ def extrapolates(
             return net, float(error(net(inputs_[held]), held).mean())
 
     net = _best(network, width)
-    model = BilinearTransductionRegressor((width, width), n_embed, loss="squared", max_steps=steps, batch_size=BATCH,
-                                          lr_schedule="cosine", device=trial.device, random_state=trial.seed)  # fmt: skip
+    model = BilinearTransductionRegressor((width, width), n_embed, loss="squared", n_steps=steps, batch_size=BATCH,
+                                          schedule="cosine", device=trial.device, random_state=trial.seed)  # fmt: skip
     model.fit(x[train], z[train].cpu().numpy())
 
     def ask(predict: Callable[[ndarray], Any], name: str) -> float:
@@ -320,7 +320,7 @@ def imitation(
             return net, float(_norm(net, x[held].flatten(0, 1), y[held].flatten(0, 1)))
 
     net = _best(clone, width)
-    policy = BilinearTransductionPolicy((width,), n_embed, goal_indices=(6, 7, 8), max_steps=steps, batch_size=BATCH,
+    policy = BilinearTransductionPolicy((width,), n_embed, goal_indices=(6, 7, 8), n_steps=steps, batch_size=BATCH,
                                         lr=lr, device=trial.device, random_state=trial.seed)  # fmt: skip
     policy.fit([{"obs": obs[k], "action": action[k]} for k in range(n_demos)])
 

@@ -22,7 +22,6 @@ LEAST = 4  # images of a composition: half to learn from, two to test on
 N_CONTEXT = 16  # CoOp's free vectors
 RATES = (1e-3, 5e-3)  # of both, the better on validation data
 KINDS = ("colour", "colour", "colour", "pattern", "pattern", "size", "size", "light")  # of drawn attributes
-SIZE = 16  # of images, for the tiny model
 BATCH = 500  # images that go through a tower together
 
 
@@ -114,16 +113,7 @@ def _enough(data: ImageData) -> Words:
     return words
 
 
-def _sized(data: ImageData, model: str) -> None:
-    if model == "tiny" and data.x.shape[2:] != (SIZE, SIZE):
-        height, width = data.x.shape[2:]
-        raise ValueError(
-            f"images must have {SIZE} x {SIZE} pixels for model=tiny, have {height} x {width}; give a CLIP by folder "
-            "or name, as model"
-        )
-
-
-def _pairs(data: ImageData, model: str, **_: Any) -> None:
+def _pairs(data: ImageData, **_: Any) -> None:
     words = _enough(data)
     if (words.sizes > 2).any():
         name = data.classes[int(np.argmax(words.sizes > 2))]
@@ -135,10 +125,9 @@ def _pairs(data: ImageData, model: str, **_: Any) -> None:
             f"three pairs must be left that are not seen, where half are and each word is in one of these; there are "
             f"{len(words.parts)} pairs of {len(words.attributes)} attributes and {len(words.objects)} objects"
         )
-    _sized(data, model)
 
 
-def _triples(data: ImageData, model: str, **_: Any) -> None:
+def _triples(data: ImageData, **_: Any) -> None:
     words = _enough(data)
     of = {size: [parts for parts in words.parts if len(parts) == size] for size in (2, 3)}
     for size, what in ((2, "attribute_object"), (3, "attribute_attribute_object")):
@@ -149,7 +138,6 @@ def _triples(data: ImageData, model: str, **_: Any) -> None:
         for word, where in ((first, known[0]), (second, known[0]), (o, known[1])):
             if word not in where:
                 raise ValueError(f"{word!r} of {first}_{second}_{o} must be in a class of one attribute too")
-    _sized(data, model)
 
 
 class Coop(nn.Module):

@@ -24,6 +24,7 @@ from posterity.lab.data import (
     load_table,
     table_encoder,
 )
+from posterity.lab.data.needs import require_task
 from posterity.lab.data.splits import split
 from posterity.lab.training import fit
 from posterity.transfer import transfer_last_layer
@@ -180,8 +181,7 @@ def _compare(trial: Trial, net: nn.Sequential, domains: Domains, steps: int) -> 
 
 
 def _rows(data: TableData, n_target: int, **_: Any) -> None:
-    if data.classes:
-        raise ValueError("target must be numbers to regress on, got classes")
+    require_task(data.task, "regression")
     if len(data.y) < n_target + LEAST:
         raise ValueError(f"n_target must leave {LEAST} of {len(data.y)} rows, got {n_target}")
 

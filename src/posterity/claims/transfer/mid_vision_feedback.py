@@ -2,14 +2,14 @@
 
 import csv
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Share, Trial, comparison
+from posterity.claims import Count, NotNegative, Several, Share, Trial, comparison
 from posterity.lab import training
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
@@ -24,8 +24,6 @@ from posterity.transfer import (
 
 LEAST_TEST = 100  # images that must be left to test on
 SITE, CHANNELS = "2", 24  # the second convolution, before its nonlinearity
-NotNegative = Annotated[float, Between(0)]
-Contexts = Annotated[int, Between(2)]
 
 
 def grouped(images: ImageData, contexts: str, n_contexts: int, seed: int, data: str) -> Tensor:
@@ -147,7 +145,7 @@ class Study:
 )
 def context_helps(
     trial: Trial, data: Images = "digits", n_train: Count = 700, noise: NotNegative = 0.8,
-    contexts: str = "random", n_contexts: Contexts = 2, epochs: Count = 12, weight: NotNegative = 0.1,
+    contexts: str = "random", n_contexts: Several = 2, epochs: Count = 12, weight: NotNegative = 0.1,
     tail: Count = 32,
 ) -> dict[str, float]:  # fmt: skip
     """Train one network without contexts, with them, and with the contrast beside them.
@@ -188,7 +186,7 @@ def context_helps(
 )
 def beats_filter(
     trial: Trial, data: Images = "digits", n_train: Count = 1_400, noise: NotNegative = 0.5,
-    contexts: str = "random", n_contexts: Contexts = 2, epochs: Count = 40, tail: Count = 2,
+    contexts: str = "random", n_contexts: Several = 2, epochs: Count = 40, tail: Count = 2,
 ) -> dict[str, float]:  # fmt: skip
     """Train a network whose last convolution has two channels, without contexts and with them.
 
@@ -218,7 +216,7 @@ def beats_filter(
 )
 def predicted_context(
     trial: Trial, data: Images = "digits", n_train: Count = 700, noise: NotNegative = 0.8,
-    contexts: str = "random", n_contexts: Contexts = 2, epochs: Count = 12, tail: Count = 32,
+    contexts: str = "random", n_contexts: Several = 2, epochs: Count = 12, tail: Count = 32,
     context_dropout: Share = 0.2, n_passes: Count = 1,
 ) -> dict[str, float]:  # fmt: skip
     """Train without contexts, and with contexts for all but a share of the images; then let it expect for itself.

@@ -4,12 +4,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from posterity.claims import Count, Positive, Trial, comparison, trend
 from posterity.lab.data import Images, dataset, load_images
 from posterity.lab.data.images import ImageData, require_images
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.two_towers import ATTRIBUTES, OBJECTS, attribute_object_images, captions, two_towers
 from posterity.transfer import NemesisLoss, PromptLearner, low_norm_effect
 
@@ -66,6 +66,8 @@ def _task(trial: Trial, data: str, model: str, shots: int, pretraining: int) -> 
 
 def _require_shots(data: ImageData, shots: int = 4, **_: Any) -> None:
     require_images(data)
+    if data.x.shape[1] not in (1, 3):
+        raise ValueError(f"images must be grey or have three colours, got {data.x.shape[1]} channels")
     counts = np.bincount(data.y, minlength=len(data.classes))
     if int(counts.min()) < 2 * shots + 1:
         scarce = data.classes[int(counts.argmin())]
@@ -206,8 +208,7 @@ def low_norm(
     trial.record("share of positions and scales below 1 that are better", found.frequency)
     trial.record("accuracy as it is", found.accuracy)
     up = [k for k, scale in enumerate(SCALES) if scale >= 1]
-    value = spearmanr([SCALES[k] for k in up], mean[up]).statistic
-    return float(np.nan_to_num(value))  # where nothing changes there is no order
+    return rank_correlation([SCALES[k] for k in up], mean[up])
 
 
 @comparison(

@@ -4,14 +4,14 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Positive, Trial, comparison, trend
+from posterity.claims import Between, Count, NotNegative, Positive, Trial, comparison, trend
 from posterity.lab.continual import Body, Learner, ReplayLearner, body_for
 from posterity.lab.data import Images, load_images, split
 from posterity.lab.data.images import ImageData, require_images
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.nets import weights
 from posterity.lab.tasks import entry
 from posterity.lab.tasks.continual import Setting
@@ -61,7 +61,7 @@ def _drift(images: ImageData, n_stream: int, sigma: float, repeats: int, seed: i
     x, y = torch.from_numpy(images.x), torch.from_numpy(images.y)
     stream, held, test = ((x[part], y[part]) for part in rows)
     draws = torch.Generator().manual_seed(seed)
-    order = gaussian_stream(stream[1], sigma=sigma, repeats=repeats, generator=draws).index
+    order = gaussian_stream(stream[1], sigma=sigma, n_repeats=repeats, generator=draws).index
     return Drift(stream[0][order], stream[1][order], held, test)
 
 
@@ -136,7 +136,7 @@ def anytime(
     trial: Trial,
     data: Images = "digits",
     n_stream: Count = 1400,
-    sigma: Annotated[float, Between(0)] = 0.1,
+    sigma: NotNegative = 0.1,
     memory: Count = 100,
     prior_mean: Annotated[float, Between(5)] = 300.0,
     query: Count = 50,
@@ -176,7 +176,7 @@ def less_lost(
     trial: Trial,
     data: Images = "digits",
     n_stream: Count = 1400,
-    sigma: Annotated[float, Between(0)] = 0.1,
+    sigma: NotNegative = 0.1,
     repeats: Count = 4,
     memory: Count = 100,
     prior_mean: Annotated[float, Between(5)] = 300.0,
@@ -260,7 +260,7 @@ def tracks_damage(trial: Trial, data: Images = "digits", epochs: Count = 20, lr:
         optimizer.zero_grad()
         F.cross_entropy(net(batch), label).backward()
         optimizer.step()
-    return float(spearmanr(STEPS, lost).statistic)
+    return rank_correlation(STEPS, lost)
 
 
 @entry("continual", "scheduled data prior", paper="scheduled-data-prior")

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.ndimage import rotate
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from posterity.claims import Between, Count, Trial, bound, comparison
@@ -23,6 +22,7 @@ from posterity.lab.groups import (
     group_scores,
     table_groups,
 )
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.tasks import entry
 from posterity.lab.tasks.domain_shift import best_of
 from posterity.transfer import TopologyAwareDRO, learn_topology, topology_prior
@@ -211,7 +211,7 @@ def learned_topology(
     places = torch.from_numpy(_places(groups)[:n_sources])
     upper = torch.triu_indices(n_sources, n_sources, 1)
     true = torch.cdist(places, places)
-    return float(spearmanr(found[*upper], true[*upper]).statistic)
+    return rank_correlation(found[*upper], true[*upper])
 
 
 def _places(groups: Groups) -> np.ndarray:

@@ -10,7 +10,7 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Trial, comparison, trend
+from posterity.claims import Between, Count, NotNegative, Several, Trial, comparison, trend
 from posterity.lab.data import Table, TableData, load_table, split, table_encoder
 from posterity.lab.data.needs import require_classes
 from posterity.lab.nets import mlp
@@ -78,8 +78,8 @@ def fair_scores(
     data: Table = "diabetes",
     target: str | None = None,
     group: str = "age",
-    weight: Annotated[float, Between(0)] = 1.0,
-    n_bins: Annotated[int, Between(2)] = 10,
+    weight: NotNegative = 1.0,
+    n_bins: Several = 10,
     steps: Count = 200,
 ) -> dict[str, float]:
     """Train a small network to tell who is above the median, with and without the penalty.

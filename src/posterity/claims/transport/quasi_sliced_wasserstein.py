@@ -1,7 +1,7 @@
 """Claims about quasi-Monte Carlo directions: less error a projection, and better fits by gradients."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Positive, Trial, comparison
+from posterity.claims import Count, Positive, Several, Trial, comparison
 from posterity.lab.data import load_photo
 from posterity.transport import QuasiSlicedWasserstein, sliced_wasserstein, sphere_points
 
@@ -51,7 +51,7 @@ def direction_error(
     source: str = "china.jpg",
     target: str = "flower.jpg",
     shapes: str | None = None,
-    n_points: Annotated[int, Between(2)] = 2_000,
+    n_points: Several = 2_000,
     n_directions: Count = 100,
     n_reference: Count = 20_000,
     n_draws: Count = 30,
@@ -100,7 +100,7 @@ def flow(
     trial: Trial,
     target: str = "china.jpg",
     shapes: str | None = None,
-    n_points: Annotated[int, Between(2)] = 300,
+    n_points: Several = 300,
     n_directions: Count = 10,
     steps: Count = 300,
     lr: Positive = 0.1,

@@ -1,17 +1,15 @@
 """Claims about sparsity-constrained transport: what a cap on columns costs, inside and after."""
 
-from typing import Annotated
-
 import numpy as np
 import torch
 from numpy import ndarray
-from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
 from torch import Tensor
 
 from posterity._checks import integer
-from posterity.claims import Between, Count, Positive, Trial, comparison, trend
+from posterity.claims import Count, Positive, Several, Trial, comparison, trend
 from posterity.lab.data import load_photo
+from posterity.lab.metrics import rank_correlation
 from posterity.transport import sparse_transport
 
 
@@ -53,7 +51,7 @@ def capped_columns(
     target: str = "flower.jpg",
     k: Count = 4,
     reg: Positive = 10.0,
-    n_colors: Annotated[int, Between(2)] = 64,
+    n_colors: Several = 64,
     n_pixels: Count = 5_000,
     max_iter: Count = 300,
 ) -> dict[str, float]:
@@ -93,7 +91,7 @@ def smoother_with_k(
     source: str = "china.jpg",
     target: str = "flower.jpg",
     reg: Positive = 10.0,
-    n_colors: Annotated[int, Between(2)] = 64,
+    n_colors: Several = 64,
     n_pixels: Count = 5_000,
     max_iter: Count = 100,
 ) -> float:
@@ -112,4 +110,4 @@ def smoother_with_k(
             caps.append(k)
             errors.append(float(result.marginal_error))
             trial.track("row-marginal error", k, errors[-1])
-    return float(spearmanr(caps, errors).statistic)
+    return rank_correlation(caps, errors)

@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Trial, comparison
+from posterity.claims import Count, Several, Trial, comparison
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_classes, require_rest
 from posterity.lab.nets import cnn, mlp, weights
@@ -143,7 +143,7 @@ def _geometry(net: nn.Module, parts: dict[str, Tensor]) -> dict[str, float]:
     check=_fits,
 )
 def dispersion(
-    trial: Trial, data: Images = "digits", n_known: Annotated[int, Between(2)] = 6, epochs: Count = 60
+    trial: Trial, data: Images = "digits", n_known: Several = 6, epochs: Count = 60
 ) -> dict[str, float]:
     """Train the same network with three losses on some of the classes and measure the angles.
 
@@ -176,7 +176,7 @@ def dispersion(
 def detection(
     trial: Trial,
     data: Images = "digits",
-    n_known: Annotated[int, Between(2)] = 6,
+    n_known: Several = 6,
     epochs: Count = 60,
     k: Count = 10,
 ) -> dict[str, float]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from posterity.claims import Between, Count, Share, Trial, bound, comparison
+from posterity.claims import Between, Count, NotNegative, Share, Trial, bound, comparison
 from posterity.lab import metrics, nets, training
 from posterity.lab.data import ImageData, Images, load_images, split
 from posterity.lab.data.needs import require_rest
@@ -31,7 +31,9 @@ def _images(data: str, n_train: int, noise: float, seed: int) -> tuple[Tensor, T
     n = len(images.y)
     train, test = split(n, (n_train / n, 1 - (n_train + CHOOSE) / n), seed)
     x = images.x + noise * np.random.default_rng(seed).standard_normal(images.x.shape, dtype=np.float32)
-    x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
+    spread = x[train].std(0)
+    spread[spread < 1e-6] = 1  # of a pixel that is constant in training
+    x = (x - x[train].mean(0)) / (spread + 1e-6)
     x, y = torch.from_numpy(x).float(), torch.from_numpy(images.y)
     return x[train], y[train], x[test], y[test]
 
@@ -82,7 +84,7 @@ def calibration(
     n_train: Count = 900,
     noise: Share = 0.375,
     epochs: Count = 100,
-    weight: Annotated[float, Between(0)] = 4.0,
+    weight: NotNegative = 4.0,
     rivals: bool = False,
 ) -> dict[str, float]:
     """Train one network by the likelihood, and once more with ESD on a tenth held out of it.

@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from posterity._checks import one_of
-from posterity.claims import Between, Count, Trial, comparison
+from posterity.claims import Count, NotNegative, Several, Trial, comparison
 from posterity.lab import metrics, nets, training
 from posterity.lab.data import Images, load_images, split
 from posterity.lab.data.needs import require_rest
@@ -69,11 +69,11 @@ def corruption(
     trial: Trial,
     data: Images = "digits",
     n_train: Count = 700,
-    n_members: Annotated[int, Between(2)] = 5,
+    n_models: Several = 5,
     width: Count = 64,
     epochs: Count = 40,
     batch_size: Count = 100,
-    repulsion: Annotated[float, Between(0)] = 1.0,
+    repulsion: NotNegative = 1.0,
     pca: bool = True,
     network: Literal["mlp", "cnn"] = "mlp",
     corrupted: str | None = None,
@@ -87,7 +87,7 @@ def corruption(
     underfit there is nothing to gain: in one run of the same networks on
     ``data="cifar10", n_train=8_000, epochs=8`` the arms were equal to within a hundredth.
 
-    The paper's setting is ``data="cifar10", n_members=10, epochs=300, batch_size=128`` with
+    The paper's setting is ``data="cifar10", n_models=10, epochs=300, batch_size=128`` with
     a ResNet-18 and crops; ``network="cnn"`` is the nearest network here, and ``corrupted``
     takes a folder in the layout of CIFAR-10-C in place of the five corruptions.
     """
@@ -96,6 +96,7 @@ def corruption(
     train, test = split(n, (n_train / n, 1 - n_train / n), trial.seed)
     centre = images.x[train].mean((0, 2, 3), keepdims=True)
     spread = images.x[train].std((0, 2, 3), keepdims=True)
+    spread[spread < 1e-6] = 1  # of a channel that is constant
 
     def seen(x: ndarray) -> Tensor:
         return torch.from_numpy((x - centre) / spread).float()
@@ -112,14 +113,14 @@ def corruption(
 
     value = {}
     for arm, strength in {"deep ensemble": 0.0, "FoRDE": repulsion}.items():
-        seeds = iter(range(1000 * trial.seed, 1000 * trial.seed + n_members))
+        seeds = iter(range(1000 * trial.seed, 1000 * trial.seed + n_models))
         ensemble = RepulsiveEnsemble(
             lambda seeds=seeds: (
                 nets.mlp(x[0].numel(), n_classes, width=width, depth=2, seed=next(seeds))
                 if network == "mlp"
                 else nets.cnn(channels, n_classes, width=width, seed=next(seeds))
             ),
-            n_members,
+            n_models,
         )
         criterion = FoRDELoss(*fitted, repulsion=strength)
         training.fit(

@@ -14,6 +14,7 @@ from posterity._checks import needs
 from posterity.claims import Between, Count, Trial, comparison
 from posterity.lab.data import Series, SeriesData, dataset, load_series
 from posterity.lab.data.needs import require_rows
+from posterity.lab.nets import seeded
 from posterity.uncertainty import GMOGPRegressor
 
 LR, DECAY = 0.08, 5e-4  # of all arms, with the rate times 0.9 after every 100 steps
@@ -132,8 +133,7 @@ def _gpytorch(
 
     noise = gpytorch.likelihoods.MultitaskGaussianLikelihood(s, has_global_noise=False) if joint else None
     likelihood = (noise or gpytorch.likelihoods.GaussianLikelihood(batch_shape=batch)).double().to(device)
-    with torch.random.fork_rng():
-        torch.manual_seed(trial.seed)
+    with seeded(trial.seed):
         model = Model(likelihood).double().to(device)
     objective = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, weight_decay=DECAY)

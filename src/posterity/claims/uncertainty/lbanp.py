@@ -3,13 +3,13 @@
 from typing import Annotated
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.distributions import Normal
 
 from posterity.claims import Between, Count, Positive, Trial, comparison, trend
 from posterity.lab import nets
 from posterity.lab.data import Functions, load_functions
+from posterity.lab.metrics import rank_correlation
 from posterity.lab.timing import relative_growth
 from posterity.lab.training import fit_functions, per_target
 from posterity.uncertainty import LBANP
@@ -157,7 +157,7 @@ def more_latents(
         )
         values.append(_score(model, trial, data, steps, lr))
         trial.track("log-likelihood a target, by latents", count, values[-1])
-    return float(spearmanr(counts, values).statistic)
+    return rank_correlation(counts, values)
 
 
 @trend(

@@ -110,10 +110,19 @@ def dataset(annotation: Any, name: str) -> Callable[[Callable[..., Any]], Callab
     -------
     callable
         A decorator that returns the function as it is.
+
+    Raises
+    ------
+    ValueError
+        If another module makes a set of this name and kind.
     """
+    kind = kind_of(annotation).name
 
     def keep(make: Callable[..., Any]) -> Callable[..., Any]:
-        _REGISTER[kind_of(annotation).name, name] = make
+        maker = _REGISTER.get((kind, name), make).__module__
+        if maker != make.__module__:
+            raise ValueError(f"{kind} {name!r} must have one maker, is made by {maker} and {make.__module__}")
+        _REGISTER[kind, name] = make
         return make
 
     return keep

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy import ndarray
 
-__all__ = ["require_classes", "require_rest", "require_rows"]
+__all__ = ["require_classes", "require_rest", "require_rows", "require_task"]
 
 LEAST = 10  # rows of which a fifth, and a fourth of the others, are still a few
 OF_A_CLASS = 5  # rows of which a fifth is one
@@ -85,3 +85,22 @@ def require_rest(n: int, name: str, n_train: int, rest: int, noun: str) -> None:
         raise ValueError(
             f"{name} must leave {rest} of the {n} {noun}, so be at most {n - rest}, got {n_train}"
         )
+
+
+def require_task(task: str, wanted: str) -> None:
+    """Refuse a table whose target is of the other kind.
+
+    Parameters
+    ----------
+    task : {"regression", "classification"}
+        Of the table.
+    wanted : {"regression", "classification"}
+
+    Raises
+    ------
+    ValueError
+        If they differ.
+    """
+    if task != wanted:
+        numbers = "numbers to regress on, got classes"
+        raise ValueError(f"target must be {numbers if wanted == 'regression' else 'classes, got numbers'}")

@@ -105,12 +105,17 @@ def _folder(path: Path) -> PictureData:
     return PictureData(made, f"{path.name}: {len(made)} pictures, {'in colour' if coloured else 'grey'}")
 
 
+@dataset(Pictures, "photos")
+def photos(seed: int) -> PictureData:
+    """Return scikit-learn's two photographs, whole."""
+    return PictureData([np.moveaxis(load_sample_image(name), 2, 0) for name in BUNDLED])
+
+
 @dataset(Pictures, "photo-tiles")
 def photo_tiles(seed: int) -> PictureData:
     """Return scikit-learn's two photographs in 120 tiles of 64x64."""
     tiles = []
-    for name in BUNDLED:
-        photo = np.moveaxis(load_sample_image(name), 2, 0)
+    for photo in photos(seed).pictures:
         tiles += [
             np.ascontiguousarray(photo[:, top : top + TILE, left : left + TILE])
             for top in range(0, photo.shape[1] - TILE + 1, TILE)

@@ -6,8 +6,9 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 from numpy import ndarray
+from scipy.signal import lfilter
 
-from posterity.lab.data import Kind, Source, load
+from posterity.lab.data import Kind, Source, dataset, load
 from posterity.lab.data.frames import READING, read_frame
 from posterity.lab.data.needs import require_rows
 
@@ -138,3 +139,24 @@ def _in_order(frame: pd.DataFrame, given: str | None, name: str, done: list[str]
     if repeated := int(when.duplicated().sum()):
         done.append(f"{repeated:,} times of {said} appear again")
     return frame.drop(columns=dates[0])
+
+
+@dataset(Series, "two-rhythms")
+def two_rhythms(seed: int) -> SeriesData:
+    """Return 6,000 hours of seven variables with a daily and a weekly rhythm.
+
+    Each has a daily profile of its own, whose strength drifts slowly and differs by the
+    day of the week; a weekly level; noise that decays by 0.9 an hour; and white noise.
+    """
+    rng, hours, c = np.random.default_rng(seed), np.arange(6_000), 7
+    rough = rng.normal(size=(24, c))
+    profile = (np.roll(rough, 1, axis=0) + 2 * rough + np.roll(rough, -1, axis=0)) / 4
+    profile = (profile - profile.mean(0)) / profile.std(0)
+    weekday = rng.uniform(0.4, 1.6, size=(7, c))
+    phase = rng.random((2, c))
+    drift = np.exp(0.4 * np.sin(2 * np.pi * (hours[:, None] / 1_500 + phase[0])))
+    level = 0.5 * np.sin(2 * np.pi * (hours[:, None] / 168 + phase[1]))
+    lasting = lfilter([0.2], [1, -0.9], rng.normal(size=(len(hours), c)), axis=0)
+    values = profile[hours % 24] * weekday[hours // 24 % 7] * drift + level + lasting
+    values += 0.1 * rng.normal(size=values.shape)
+    return SeriesData(values, tuple(f"x{k}" for k in range(c)))

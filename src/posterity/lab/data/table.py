@@ -192,6 +192,16 @@ def as_task(table: TableData, task: str | None) -> TableData:
     return replace(table, y=codes.astype(np.int64), task=task, classes=tuple(map(str, values)))
 
 
+@dataset(Table, "long-tailed")
+def long_tailed(seed: int, n: int = 22_000, d: int = 10) -> TableData:
+    """Return log-normal features of units that differ, and a line with noise of half its spread."""
+    rng = np.random.default_rng(seed)
+    X = rng.lognormal(size=(n, d)) * rng.lognormal(sigma=2.0, size=d)
+    line = X @ (rng.normal(size=d) / X.std(0))
+    y = line + 0.5 * line.std() * rng.normal(size=n)
+    return TableData(pd.DataFrame(X, columns=[f"x{k}" for k in range(d)]), y, "regression")
+
+
 def _bundled(load: Any, task: str) -> Any:
     def make(seed: int) -> TableData:
         bunch = load(as_frame=True)

@@ -6,13 +6,13 @@ batches of sixteen; joint training, which keeps everything and starts again afte
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between, Count, Share
+from posterity.claims import Count, Several, Share
 from posterity.lab.continual import (
     Learner,
     ReplayLearner,
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
 
 def _score(
     fit: Callable[..., Any], seed: int, data: str, target: str | None, *, scenario: Scenario = "classes",
-    n_tasks: Annotated[int, Between(2)] = 5, memory: Count = 100, blur: Share = 0.3,
+    n_tasks: Several = 5, memory: Count = 100, blur: Share = 0.3,
 ) -> dict[str, float]:  # fmt: skip
     images = load_images(data)
     stream = experiences(images, scenario, n_tasks, seed, blur=blur)

@@ -1,6 +1,6 @@
 """Classes of nodes: train is (graph, train mask, val mask), predict maps the graph to (nodes, classes)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,9 +13,31 @@ from posterity.lab.nets import mlp, weights
 from posterity.lab.tasks import Task, entry
 from posterity.lab.training import fit_nodes
 
-__all__: list[str] = []
+__all__ = ["best_of"]
 
 Predict = Callable[[Any], Any]
+
+
+def best_of(nets: Iterable[nn.Module], train: Any, seed: int) -> Predict:
+    """Return the predictions of the network that does best on the validation nodes, of several trained in turn.
+
+    Parameters
+    ----------
+    nets : iterable of torch.nn.Module
+        Untrained, called with node features and edges.
+    train : tuple
+        A graph, and its nodes to train and to validate on.
+    seed : int
+
+    Returns
+    -------
+    callable
+        A graph to its scores.
+    """
+    best: tuple[float, Any] = (-1.0, None)
+    for net in nets:
+        best = max(best, (fit_nodes(net, train, seed), net), key=lambda pair: pair[0])
+    return lambda graph: torch.no_grad()(best[1])(graph.x, graph.edge_index)
 
 
 def _score(fit: Callable[..., Any], seed: int, data: str, target: str | None) -> float:
@@ -63,12 +85,9 @@ def _graph_entry(name: str, layer: str) -> None:
     @entry("node-classification", name)
     def _fit(train: Any, seed: int) -> Predict:
         conv = getattr(needs("torch_geometric.nn", "graphs"), layer)
-        graph = train[0]
-        best: tuple[float, Any] = (-1.0, None)
-        for depth in (1, 2, 4):
-            net = weights(GraphNet, conv, graph.x.shape[1], int(graph.y.max()) + 1, depth=depth, seed=seed)
-            best = max(best, (fit_nodes(net, train, seed), net), key=lambda pair: pair[0])
-        return lambda graph: torch.no_grad()(best[1])(graph.x, graph.edge_index)
+        sizes = train[0].x.shape[1], int(train[0].y.max()) + 1
+        nets = (weights(GraphNet, conv, *sizes, depth=depth, seed=seed) for depth in (1, 2, 4))
+        return best_of(nets, train, seed)
 
 
 for _entry, _layer in (("GCN", "GCNConv"), ("GraphSAGE", "SAGEConv"), ("GAT", "GATConv")):

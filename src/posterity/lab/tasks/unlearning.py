@@ -12,7 +12,7 @@ forgetting, on the noisy digits under three other seeds.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from posterity.claims import Between
+from posterity.claims import PartOfAll
 from posterity.lab.data import Labelled, dataset, load_images, load_labelled, split
 from posterity.lab.data.images import ImageData
 from posterity.lab.nets import cnn, mlp
@@ -43,7 +43,6 @@ Forget = Literal["random", "class"]
 Measure = Literal["average", "retained", "forgotten", "test", "membership"]
 Part = tuple[Tensor, Tensor]
 Predict = Callable[[np.ndarray], np.ndarray]
-PartOfAll = Annotated[float, Between(0, 1, above=True)]
 
 EPOCHS = 10  # of an entry that goes on from the model
 
