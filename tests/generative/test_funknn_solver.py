@@ -249,6 +249,7 @@ def solve(measure=lambda f: f(AT), y=Y, net=NET, **options):
         (lambda: upsample(NET, IMAGES, (3, 0)), "size must be an integer of at least 1, got 0"),
         (lambda: upsample(NET, IMAGES, (3,)), r"size must be height and width or an integer, got \(3,\)"),
         (lambda: upsample(NET, IMAGES, None), "size must be height and width or an integer, got None"),
+        (lambda: upsample(NET, IMAGES[:, :, :0], 4, recursive=True), r"image must have pixels, got shape \(2, "),
         (lambda: upsample(NET, IMAGES, 4, factor=1), "factor must be an integer of at least 2, got 1"),
         (lambda: upsample(NET, IMAGES, 4, chunk_size=0), "chunk_size must be an integer of at least 1, got 0"),
         (lambda: upsample(lambda x, at: at[:, :1], IMAGES, 4), r"net\(image, coords\) must have shape \(2, 16, any\)"),

@@ -194,7 +194,7 @@ def test_one_step_is_adamws_on_the_loss_of_the_same_draws(tiny, images):
     torch.testing.assert_close(found.vectors, by_hand.detach())
 
 
-@pytest.mark.parametrize(("start", "word"), [("red", "cross"), ("lime", "green")])
+@pytest.mark.parametrize(("start", "word"), [("red", "cross")])
 def test_a_known_word_is_found_again_from_its_pictures(tiny, start, word):
     """Started from another word, the loss is not above that of the word itself by more than two percent."""
     learner, denoise = TextualInversion.from_pipeline(tiny, initializer=start)

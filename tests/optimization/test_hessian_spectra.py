@@ -403,6 +403,7 @@ def learner(**options):
         (lambda: learner(average=1.0), r"average must be in \[0, 1\)"),
         (lambda: learner(min_lr=-1.0), "min_lr must be at least 0"),
         (lambda: learner(min_lr=1.0, max_lr=0.5), "max_lr must be at least min_lr"),
+        (lambda: learner(last_epoch=4), "last_epoch must be -1 where an optimizer's groups have no 'initial_lr', got 4"),
         (lambda: learner().step(), "batch must be given to observe"),
         (lambda: LanczosLearner(torch.optim.Adam(MODEL.parameters()), MODEL, cross_entropy), "optimizer must have a momentum, got Adam"),
     ],

@@ -256,6 +256,13 @@ CONTRAST = """() => {
 }"""
 
 
+def test_no_paper_scrolls_sideways_on_a_phone(site, reader):
+    page = reader(site, width=360)
+    for path in sorted((site.parent / "papers").glob("*.html")):
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, path.name
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone_nothing_scrolls_sideways_and_letters_stand_out(site, reader, scheme):
     slugs = sorted({slug for slug, _ in FORMS.values()})

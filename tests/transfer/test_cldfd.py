@@ -337,7 +337,9 @@ def test_classes_with_too_few_samples_are_never_drawn():
 def test_features_of_any_dtype_are_taken_for_what_they_are(dtype):
     y = torch.arange(60) % 3
     x = torch.eye(3)[y].to(dtype)
-    assert few_shot_accuracy(x, y, n_way=3, n_shot=2, n_query=3, n_episodes=3, random_state=0).mean == 1
+    for labels in (y, y.to(dtype)):
+        score = few_shot_accuracy(x, labels, n_way=3, n_shot=2, n_query=3, n_episodes=3, random_state=0)
+        assert score.mean == 1
 
 
 # What is refused

@@ -371,6 +371,7 @@ BAD = [
     (lambda: group_distances(losses(4, 2) / 0, torch.tensor([0, 0, 1, 1])), "features must be finite"),
     (lambda: group_distances(losses(0, 2), torch.tensor([]).long()), "features must hold samples"),
     (lambda: group_distances(losses(2, 2), torch.tensor([0, 1]), method="euclid"), "method must be one of"),
+    (lambda: group_distances(losses(2, 2), torch.tensor([0, 1]), method=lambda a, b: a - b), "method must return a scalar"),
     (lambda: group_distances(losses(2, 2), torch.tensor([0, 1]), n_projections=0), "n_projections must be"),
 ]  # fmt: skip
 

@@ -169,6 +169,8 @@ def upsample(
     tensor([2.7500, 3.2500, 3.7500, 4.2500])
     """
     has_shape("image", floating("image", image, "scale to floats first"), (None,) * 4)
+    if 0 in image.shape[2:]:
+        raise ValueError(f"image must have pixels, got shape {tuple(image.shape)}")
     sides = height_width(size)
     integer("factor", factor, 2)
     integer("chunk_size", chunk_size, 1)

@@ -123,6 +123,10 @@ class LanczosLearner(LRScheduler):
             raise ValueError(
                 f"optimizer must have a momentum, got {type(optimizer).__name__}: set learn_momentum=False"
             )
+        if last_epoch >= 0 and not all("initial_lr" in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"last_epoch must be -1 where an optimizer's groups have no 'initial_lr', got {last_epoch}"
+            )
         self.largest: float | None = None
         self.smallest: float | None = None
         self._mean, self._since = 0.0, self.every  # L's running mean; steps since the last measurement

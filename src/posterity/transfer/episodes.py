@@ -20,6 +20,7 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from posterity._checks import integer
+from posterity._precision import wide
 
 __all__ = ["FewShotScore", "few_shot_accuracy"]
 
@@ -123,7 +124,7 @@ def few_shot_accuracy(
 def _rows(features: Any, y: Any) -> tuple[ndarray, ndarray]:
     """Return features as float64 and labels as arrays."""
     x = features.detach().double().cpu().numpy() if isinstance(features, Tensor) else np.asarray(features)
-    labels = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    labels = wide(y.detach()).cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
     if x.dtype.kind not in "biuf" or x.ndim != 2 or not x.shape[1]:
         raise ValueError(f"features must be numbers of shape (n, d), got {x.dtype} of shape {x.shape}")
     if labels.shape != (len(x),):

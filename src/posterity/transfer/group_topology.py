@@ -20,7 +20,17 @@ from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from posterity._checks import at_least, class_indices, finite, floating, has_shape, integer, one_of, within
+from posterity._checks import (
+    at_least,
+    class_indices,
+    finite,
+    floating,
+    has_shape,
+    integer,
+    one_of,
+    scalar,
+    within,
+)
 from posterity._precision import wide
 from posterity._random import draw_device
 
@@ -173,7 +183,8 @@ def group_distances(
         clouds = [x[groups == k] for k in range(n_groups)]
         found = torch.zeros(n_groups, n_groups, dtype=torch.float64)
         for i, j in combinations(range(n_groups), 2):
-            found[i, j] = found[j, i] = float(measure(clouds[i], clouds[j]))
+            distance = torch.as_tensor(measure(clouds[i], clouds[j]), dtype=torch.float64)
+            found[i, j] = found[j, i] = float(scalar("method", distance))
     return found.fill_diagonal_(0).to(features)
 
 

@@ -66,7 +66,7 @@ def _trained(trial: Trial, parts: Parts, loss: Loss, steps: int) -> Pretrained:
     ),
     metric="effective rank of the projector's outputs on the training images",
     better="higher",
-    smallest={"steps": 2},
+    smallest={"steps": 2, "labels_per_class": 1},
     check=require_parts,
 )  # fmt: skip
 def keeps_rank(
@@ -95,7 +95,7 @@ def keeps_rank(
     arms=("no predictor", "target, 1/s"),
     metric="accuracy of a linear probe",
     better="higher",
-    smallest={"steps": 2},
+    smallest={"steps": 2, "labels_per_class": 1},
     check=require_parts,
 )
 def features(

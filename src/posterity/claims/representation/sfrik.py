@@ -114,7 +114,7 @@ def _best(
     where="Zheng et al., Section 5, Tables 2 to 4",
     metric="accuracy of a linear probe, VICReg's less SFRIK's",
     high=0.02,
-    smallest={"steps": 2},
+    smallest={"steps": 2, "labels_per_class": 1},
     check=require_parts,
 )
 def competes(
@@ -138,7 +138,7 @@ def competes(
     arms=("alignment only", "sfrik"),
     metric="accuracy of a linear probe",
     better="higher",
-    smallest={"steps": 2},
+    smallest={"steps": 2, "labels_per_class": 1},
     check=require_parts,
 )
 def no_collapse(

@@ -102,7 +102,7 @@ def _accuracy(
     where="Section 4, Tables 1 and 2",
     metric="accuracy of a linear probe, the best of eight losses less the worst",
     limit=0.03,
-    smallest={"steps": 2},
+    smallest={"steps": 2, "labels_per_class": 1},
     check=require_parts,
 )
 def level(trial: Trial, data: Images = "digits", steps: Several = 150, labels_per_class: Count = 10) -> float:
@@ -122,7 +122,7 @@ def level(trial: Trial, data: Images = "digits", steps: Several = 150, labels_pe
     arms=("temperature 0.5", "temperature 0.15"),
     metric="accuracy of a linear probe",
     better="higher",
-    smallest={"steps": 2},
+    smallest={"steps": 2, "labels_per_class": 1},
     reason="on small images of few classes a softer temperature does as well or better; the paper's is of ImageNet",
     check=require_parts,
 )
@@ -144,7 +144,7 @@ def temperature(
     where="Section 4, Figure 3",
     metric="accuracy of a linear probe, VICReg in many dimensions less in few",
     high=0.02,
-    smallest={"steps": 2},
+    smallest={"steps": 2, "labels_per_class": 1},
     check=require_parts,
 )
 def narrow(

@@ -164,7 +164,7 @@ def _features(net: Blocks, x: Tensor) -> np.ndarray:
     arms=("simclr", "same-level", "cross-level"),
     metric="mean accuracy, 5-way 5-shot",
     better="higher",
-    smallest={"epochs": 1},
+    smallest={"epochs": 1, "n_unlabelled": 64},
     reason="A teacher of five digits is right on 0.6 of the inverted ones: what it knows helps no more than it hinders.",
     check=_require_domains,
 )
@@ -204,7 +204,7 @@ def next_level(
     arms=("same-level", "cross-level"),
     metric="mean accuracy, 5-way 5-shot",
     better="higher",
-    smallest={"epochs": 1},
+    smallest={"epochs": 1, "n_unlabelled": 64},
     reason="In a small network on small images blocks see nearly the same, and which of the teacher's is followed does not show.",
     check=_require_domains,
 )
@@ -239,7 +239,7 @@ def not_the_same_level(
     arms=("plain", "power only", "denoised"),
     metric="mean accuracy, 5-way 1-shot",
     better="higher",
-    smallest={"epochs": 1},
+    smallest={"epochs": 1, "n_unlabelled": 64},
     reason="The small network has 64 features for five classes, of which few are small and none is noise to be cut.",
     check=_require_domains,
 )

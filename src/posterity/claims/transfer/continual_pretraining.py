@@ -218,7 +218,7 @@ def _study(
     metric="forgetting: rise of the loss on earlier domains, nats a hidden token",
     better="lower",
     seeds=10,
-    smallest={"steps": 2, "pretraining": 4, "length": 8, "vocabulary": 60, "size": 6_000},
+    smallest={"steps": 1, "pretraining": 1, "length": 8, "vocabulary": 30, "size": 2_000},
     check=_fits,
 )
 def keeps_domains(
@@ -253,7 +253,7 @@ def keeps_domains(
     metric="loss on the mixture of all domains at the end, nats a hidden token",
     better="lower",
     reason="Masks alone lower it in every seed; the contrast, in so few steps, costs about as much.",
-    smallest={"steps": 2, "pretraining": 4, "length": 8, "vocabulary": 60, "size": 6_000},
+    smallest={"steps": 1, "pretraining": 1, "length": 8, "vocabulary": 30, "size": 2_000},
     check=_fits,
 )
 def keeps_general(

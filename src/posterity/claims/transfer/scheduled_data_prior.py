@@ -129,7 +129,7 @@ def _require_stream(data: ImageData, n_stream: int = 1400, name: str = "data", *
     arms=("replay", "balanced replay", "scheduled prior"),
     metric="mean accuracy over the stream, on the classes seen",
     better="higher",
-    smallest={"n_stream": 120, "query": 40},
+    smallest={"n_stream": 120, "query": 120},
     check=_require_stream,
 )
 def anytime(
