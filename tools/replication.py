@@ -21,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 FIRST_SEED = 3000
 LONG = 10.0  # seconds
 ONE_IN = 3
+MENDED = (
+    "multiscale-score enlarges", "robustness-limits order_in_n", "self-ensemble-protection protection",
+)  # fmt: skip
 
 
 def chosen(row) -> bool:
@@ -85,10 +88,14 @@ def page() -> str:
     lines = [
         "# Every verdict, asked again",
         "",
-        f"{len(pairs)} claims on five seeds from {FIRST_SEED} on, or ten where they ask for ten, by which no design was",
-        f"chosen: each whose trial takes at most {LONG:.0f} s, and of the others one in {ONE_IN}, by a hash of its name.",
+        f"{len(pairs)} claims on five seeds from {FIRST_SEED} on, or ten where they ask for ten: each whose trial",
+        f"takes at most {LONG:.0f} s, and of the others one in {ONE_IN}, by a hash of its name.",
         f"Of the {len(held)} that hold in the [evidence](verdicts.md) {twice} hold again. `make replication` writes this",
         "page.",
+        "",
+        f"{', '.join(f'`{name}`' for name in MENDED)}",
+        "did not hold in a first run on these seeds and have new designs since,",
+        "chosen on seeds 100 to 107; for them these seeds are no longer new.",
         "",
         "## What changed its verdict",
         "",
