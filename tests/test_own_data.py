@@ -119,6 +119,18 @@ def clients(folder):
     return european(frame, folder / "Filialen.csv")
 
 
+def routing(folder):
+    frame = pd.DataFrame({"Kunde": [f"Müller & Söhne {k}" for k in range(14)], "Lon (°)": 8 + rng.random(14).round(4),
+                          " LAT": 47 + rng.random(14).round(4), "Demand [kg]": rng.integers(1, 9, 14)})  # fmt: skip
+    frame.iloc[6, 2] = math.nan
+    return european(frame, folder / "Kunden.csv")
+
+
+def qubo(folder):
+    np.savez(folder / "Kopplungen.npz", matrix=rng.integers(-3, 4, (9, 9)))
+    return folder / "Kopplungen.npz"
+
+
 def fields(folder):
     at = np.linspace(-1, 1, 30).round(3)
     waves = [
@@ -156,12 +168,17 @@ def branches(folder):
     return folder
 
 
+def few(folder):
+    return images(folder, ("ja", "nein", "weiß nicht"), 20)
+
+
 FILES = {
     "table": table, "points": points, "pictures": pictures, "samples": images, "images": images,
     "labelled": table, "examples": table, "series": series, "functions": functions,
     "instrumented": instrumented, "graph": graph, "text": text, "clients": clients,
+    "routing": routing, "qubo": qubo,
 }  # fmt: skip
-OF_PAPER = {"diffusion-fields functions": fields, "ecgan pictures": scenes, "csp images": words, "fedfa clients": branches,
+OF_PAPER = {"diffusion-fields functions": fields, "ecgan pictures": scenes, "csp images": words, "sfrik images": few, "scheduled-data-prior images": few, "fedfa clients": branches,
             "semantic-robustness graph": known}  # fmt: skip
 
 
@@ -169,7 +186,7 @@ OPTIONS = {
     "bilinear-transduction": {"split_column": "Größe (m²)"}, "canife": {"data.clients": 120},
     "cldfd": {"n_unlabelled": 100}, "demd": {"group": "Ort"}, "dfw": {"site": "Ort", "standardize": True}, "esd": {"n_train": 200},
     "fairee": {"group": "Ort", "n_train": 90}, "fedfa": {"n_train": 20}, "forde": {"n_train": 300}, "federated-bounds": {"data.client": "Filiale Nr."},
-    "idempotent-codec": {"n_train": 100}, "rarity-score labelled": {"target": "Ort"},
+    "idempotent-codec": {"n_train": 100}, "rarity-score labelled": {"target": "Ort"}, "scheduled-data-prior": {"n_stream": 40},
     "topology-aware-robust": {"group": "Ort", "n_sources": 3, "topology": "learned"}, "tukey-em": {"n_models": 20},
 }  # fmt: skip
 OF_NUMBERS = (

@@ -278,7 +278,7 @@ def test_exact_drift_of_a_known_law_reproduces_it(parametrization):
         tilt = torch.linalg.lstsq(points[1:3], (wanted[1:3] - wanted[0])[:, None]).solution[:, 0]
         p = (points @ tilt - points.square().sum(1) / (2 * (1 - math.exp(-3)))).softmax(0)
         net = Tilt(tilt)
-    made = bridge.sample(net, n, n_steps=200 if parametrization == "drift" else 50, generator=rng())
+    made = bridge.sample(net, n, n_steps=100 if parametrization == "drift" else 50, generator=rng())
     frequency = (made[:, None] == points).all(2).float().mean(0)
     assert (frequency - p).abs().sum() / 2 < 0.05
 

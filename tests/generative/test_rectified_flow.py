@@ -125,7 +125,7 @@ def test_global_error_falls_with_the_order_of_the_method(gaussian, method, order
     with torch.no_grad():
         errors = [
             (flow.integrate(net, start, method=method, n_steps=n, **ends).x - end).abs().max()
-            for n in (100, 200)
+            for n in (50, 100)
         ]
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.1
 
@@ -188,7 +188,7 @@ def test_straightness_of_a_gaussian_is_its_integral(std):
     x0 = normal(500, 3)
     expected = x0.square().sum(1).mean() * (quad(speed, 0, 1)[0] - (std - 1) ** 2)
     with torch.no_grad():
-        found = straightness(RectifiedFlow(3), GaussianSlope(M, std), x0, n_steps=400)
+        found = straightness(RectifiedFlow(3), GaussianSlope(M, std), x0, n_steps=200)
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
     if std == 0.5:
         torch.testing.assert_close(expected, 0.21460 * x0.square().sum(1).mean(), rtol=1e-4, atol=0)
@@ -216,13 +216,13 @@ def test_log_prob_is_the_normal_log_density(solver, divergence):
 
 
 def test_log_prob_on_an_even_grid_is_the_normal_log_density():
-    is_normal_log_density(0.9, method="heun", n_steps=200)
+    is_normal_log_density(0.9, method="heun", n_steps=150)
 
 
 def test_density_of_a_mixture_is_right_and_integrates_to_one():
     ends = torch.tensor([[1.5, 0.0], [-1.0, 1.2], [0.0, -1.4]], dtype=torch.float64)
     net = MixtureSlope(torch.zeros_like(ends), ends, 0.4)
-    side = torch.linspace(-4, 4, 61, dtype=torch.float64)
+    side = torch.linspace(-4, 4, 41, dtype=torch.float64)
     grid = torch.cartesian_prod(side, side)
     density = RectifiedFlow(2).log_prob(net, grid).exp()
     square = (grid[:, None] - ends).square().sum(2)
@@ -255,7 +255,7 @@ def test_log_prob_trains_the_network(gaussian):
     """d log N(x; m, s^2) / d m = (x - m) / s^2."""
     flow, net, x0 = gaussian
     x1 = M + 0.8 * x0
-    (grad,) = torch.autograd.grad(flow.log_prob(net, x1, method="heun").sum(), [net.mean])
+    (grad,) = torch.autograd.grad(flow.log_prob(net, x1, method="heun", n_steps=50).sum(), [net.mean])
     torch.testing.assert_close(grad, ((x1 - M) / S**2).sum(0), rtol=1e-3, atol=1e-3)
 
 
@@ -342,7 +342,12 @@ def test_one_generator_gives_the_same_bytes(gaussian):
         lambda seed: flow.couple(net, 9, generator=rng(seed))[1],
         lambda seed: flow.loss(net, M.expand(9, 3), generator=rng(seed)),
         lambda seed: flow.log_prob(
-            lambda x, t: x.cumsum(1), M.expand(9, 3), divergence="hutchinson", generator=rng(seed)
+            lambda x, t: x.cumsum(1),
+            M.expand(9, 3),
+            method="heun",
+            n_steps=5,
+            divergence="hutchinson",
+            generator=rng(seed),
         ),
     ):
         assert torch.equal(draw(1), draw(1))
@@ -359,7 +364,7 @@ def test_couple_does_not_depend_on_the_batch_size(gaussian, method):
 
     options = {"x0": x0, "method": method, "n_steps": 20, "cond": {"label": label}}
     _, whole = flow.couple(with_label, batch_size=64, **options)
-    _, parts = flow.couple(with_label, batch_size=7, **options)
+    _, parts = flow.couple(with_label, batch_size=20, **options)
     if method == "rk45":
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
     else:

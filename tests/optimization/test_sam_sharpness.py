@@ -109,11 +109,11 @@ def test_ascend_then_descend_is_a_step_and_the_perturbation_is_undone_exactly():
 
 def test_it_comes_to_within_rho_of_a_minimum():
     for rho in (0.1, 0.01):
-        x = START.clone().requires_grad_()
+        x = (rho * A @ A @ START).requires_grad_()
         optimizer = SAM([x], lr=0.15, rho=rho)
-        for _ in range(400):
+        for _ in range(100):
             optimizer.step(closure_of(optimizer, lambda: quadratic(x)))  # noqa: B023
-        assert 1e-3 * rho < x.norm() < rho
+        assert 0.3 * rho < x.norm() < rho  # where the base optimiser comes nearer
 
 
 def test_directions_are_those_of_large_and_small_gradients_alike():
@@ -134,16 +134,16 @@ def test_a_gradient_of_zero_makes_no_perturbation():
         assert torch.equal(x.detach(), torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("make", [
-    partial(SAM, lr=0.02, momentum=0.8, rho=0.02), partial(SAM, base_optimizer=torch.optim.Adam, lr=0.2, rho=0.02),
+@pytest.mark.parametrize(("make", "steps"), [
+    (partial(SAM, lr=0.02, momentum=0.8, rho=0.02), 40), (partial(SAM, base_optimizer=torch.optim.Adam, lr=0.2, rho=0.02), 80),
 ])  # fmt: skip
-def test_it_keeps_every_promise_of_an_optimiser(make):
-    check_optimizer(make, closure=True, steps=100, tol=0.05)
+def test_it_keeps_every_promise_of_an_optimiser(make, steps):
+    check_optimizer(make, closure=True, steps=steps, tol=0.05)
 
 
 def test_it_keeps_every_promise_of_an_optimiser_when_adaptive():
     check_optimizer(
-        partial(SAM, lr=0.02, momentum=0.8, rho=0.02, adaptive=True), closure=True, setting=("rho", 0.5), steps=100, tol=0.05
+        partial(SAM, lr=0.02, momentum=0.8, rho=0.02, adaptive=True), closure=True, setting=("rho", 0.5), steps=40, tol=0.05
     )  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def test_designs_collapse_and_random_points_have_the_values_that_theory_says():
     assert float(mmd_to_uniform(simplex, (1.0, 40.0))) == pytest.approx(0, abs=1e-12)
     assert float(mmd_to_uniform(simplex)) > 0.1
     assert float(mmd_to_uniform(torch.ones(9, 4, dtype=torch.float64))) == pytest.approx(81, rel=1e-12)
-    draws = torch.stack([mmd_to_uniform(randn(10, 6, seed=seed)) for seed in range(500)])
+    draws = torch.func.vmap(mmd_to_uniform)(randn(500, 10, 6))
     assert abs(float(draws.mean()) - 81 / 10) < 5 * float(draws.std()) / math.sqrt(500)
 
 
@@ -134,7 +134,7 @@ def test_rotations_lengths_and_order_do_not_matter_and_it_is_never_negative():
     value = mmd_to_uniform(z)
     for other in (z @ q, z * torch.arange(1, 12)[:, None], z[torch.randperm(11, generator=rng())]):
         torch.testing.assert_close(mmd_to_uniform(other), value)
-    for seed in range(50):
+    for seed in range(21):
         z = randn(3 + seed % 7, 4, seed=seed)
         for weights in ((1.0, 40.0, 40.0), (1.0, 40.0), (0.0, 0.0, 1.0), (0, 0, 0, 1, 1)):
             assert mmd_to_uniform(z, weights) >= -1e-12
@@ -193,7 +193,7 @@ def test_it_is_a_loss_of_two_views(as_a_user, loss):
 
 
 def test_equal_views_have_a_gradient():
-    z = randn(4, 5).requires_grad_()
+    z = randn(3, 3).requires_grad_()
     assert torch.autograd.gradcheck(lambda z: SFRIKLoss()(z, z), z)
     assert torch.autograd.gradgradcheck(lambda z: SFRIKLoss()(z, z), z)
 

@@ -249,7 +249,7 @@ def test_the_worst_logits_are_those_of_the_corners_of_a_linear_network():
 def test_sampled_trajectories_are_paths_of_the_graph_and_more_of_them_share_their_draws():
     net = network(scale=2.0, method="bosh3")
     x = torch.full((1, 4), 0.5, dtype=torch.float64)
-    low, high = x - 0.02, x + 0.02
+    low, high = x - 0.005, x + 0.005
     graph = trajectory_graph(net[2], *interval_bounds(net[:2], low, high))
     assert graph.n_trajectories > 10
     edges = {(a, b) for a, b in graph.edges}

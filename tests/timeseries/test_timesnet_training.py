@@ -103,7 +103,7 @@ def test_classifier_reads_shapes_and_shorter_series():
 @pytest.mark.parametrize("kind", [TimesNetForecaster, TimesNetImputer, TimesNetDetector])
 def test_a_seed_decides_everything_and_global_states_stay(kind):
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    make = {"seq_len": 12, "max_epochs": 2, "random_state": 3, "lr": 1e-2, **QUICK}
+    make = {"seq_len": 12, "max_epochs": 1, "random_state": 3, "lr": 1e-2, **QUICK}
     make |= {"horizon": 4} if kind is TimesNetForecaster else {}
     first, second = kind(**make).fit(daily(60)), kind(**make).fit(daily(60))
     other = kind(**{**make, "random_state": 4}).fit(daily(60))
@@ -210,7 +210,7 @@ ALL = TINY | {"validation_fraction": 0.0}
             },
         ),
         (
-            TimesNetClassifier(random_state=0, **(ALL | {"max_epochs": 3, "lr": 0.2, "d_model": 16})),
+            TimesNetClassifier(random_state=0, **(ALL | {"max_epochs": 2, "lr": 0.3, "d_model": 8})),
             {"check_estimators_pickle": "it puts NaN in the middle of series, which has no meaning"},
         ),
     ],
@@ -311,7 +311,7 @@ def test_a_rate_at_which_the_last_step_diverges_is_named(as_a_user, validation_f
 SMALL = {"max_epochs": 1, "d_model": 4, "d_ff": 4, "n_layers": 1, "n_kernels": 1, "random_state": 0}
 
 
-@pytest.mark.parametrize("rows", [30, 31, 33, 36, 40])
+@pytest.mark.parametrize("rows", [30, 31, 36])
 def test_a_forecaster_works_from_the_stated_least_length_on(as_a_user, rows):
     X = np.random.default_rng(0).normal(size=(rows, 2))
     model = TimesNetForecaster(horizon=6, seq_len=24, **SMALL).fit(X)
@@ -320,7 +320,7 @@ def test_a_forecaster_works_from_the_stated_least_length_on(as_a_user, rows):
         TimesNetForecaster(horizon=6, seq_len=24, **SMALL).fit(X[:29])
 
 
-@pytest.mark.parametrize("rows", [24, 25, 27, 40])
+@pytest.mark.parametrize("rows", [24, 25, 36])
 def test_an_imputer_and_a_detector_work_from_the_stated_least_length_on(as_a_user, rows):
     X = np.random.default_rng(0).normal(size=(rows, 2))
     assert TimesNetImputer(seq_len=24, **SMALL).fit(X).transform(X).shape == X.shape

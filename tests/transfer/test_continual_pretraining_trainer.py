@@ -203,9 +203,10 @@ def test_a_model_of_transformers_is_trained_by_its_own_outputs():
 
     roberta = RobertaForMaskedLM(RobertaConfig(vocab_size=WORDS, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=16))  # fmt: skip
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, n_embd=8, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0))  # fmt: skip
+    same = [{"input_ids": torch.arange(5, 11).repeat(4, 1)}]
     for model, objective in ((roberta, "mlm"), (gpt, "causal")):
-        trainer = trainer_of(model, objective=objective)
-        losses = trainer.fit_domain(batches(), n_steps=30)
+        trainer = trainer_of(model, objective=objective, lr=0.05)
+        losses = trainer.fit_domain(same, n_steps=10)
         assert sum(losses[-5:]) < sum(losses[:5])
         assert len(trainer.domain_importances_) == 2
 

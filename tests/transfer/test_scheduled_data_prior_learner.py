@@ -48,7 +48,7 @@ def alike(one, other):
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_it_is_the_method_in_plain_loops(adaptive):
     """A batch is the whole memory, so that nothing is drawn but the rows of the head, before the first step."""
-    x, y = samples(40)
+    x, y = samples(24)
     x[:3], y[:3] = x[[int((y == k).nonzero()[0]) for k in range(3)]], torch.arange(3)
     learner = ScheduledDataPrior(body(), 6, memory_size=100, batch_size=100, optimizer=SGD, prior_mean=6.0,
                                  prior_var=0.5, window=4, adaptive_lr=adaptive, updates_per_sample=1e-9)  # fmt: skip
@@ -189,19 +189,19 @@ def test_shares_of_updates_add_up(share, n, steps):
 
 
 def test_it_learns_is_asked_at_any_time_and_answers_in_labels_as_they_came():
-    x, y = samples(200)
+    x, y = samples(120)
     learner = ScheduledDataPrior(body(), 6, lr=1e-2, memory_size=30, prior_mean=40.0, generator=rng())
     names = torch.tensor([30, -7, 400])
-    learner.observe(x.bfloat16()[:100], names[y[:100]].double())  # whole numbers in floats, and few digits
+    learner.observe(x.bfloat16()[:60], names[y[:60]].double())  # whole numbers in floats, and few digits
     early = learner.predict(x)
     assert early.dtype == torch.int64 and set(early.tolist()) <= set(names.tolist())
-    learner.observe(x[100:], names[y[100:]])
+    learner.observe(x[60:], names[y[60:]])
     assert float((learner.predict(x) == names[y]).double().mean()) > 0.9
     assert learner.logits(x.half()).dtype == torch.float16
     assert torch.equal(
         learner.logits(x).argmax(1), torch.tensor([learner.classes_.index(c) for c in learner.predict(x)])
     )
-    assert learner.n_seen == 200 and len(learner.memory) == 30
+    assert learner.n_seen == 120 and len(learner.memory) == 30
 
 
 def test_the_users_module_keeps_its_modes_flags_and_frozen_weights():

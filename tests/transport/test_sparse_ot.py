@@ -119,7 +119,7 @@ def kkt(result, a, b, cost, reg):
     return max(float(error.abs().max()) for error in errors)
 
 
-@pytest.mark.parametrize(("k", "reg"), [(14, 0.1), (99, 1.0), (5, 1.0)])
+@pytest.mark.parametrize(("k", "reg"), [(99, 0.1), (5, 1.0)])
 def test_conforms_to_its_kind(as_a_user, k, reg):
     a, b, cost = problem(14, 11)
 
@@ -150,8 +150,7 @@ def test_without_a_cap_it_is_quadratic_regularisation(formulation, reg):
     [
         ("semi-dual", 14, 11, 2, 0.1, 3e-3), ("dual", 14, 11, 2, 10.0, 3e-3),
         ("semi-dual", 14, 11, 3, 1.0, 3e-3), ("dual", 20, 15, 2, 1.0, 3e-3),
-        ("semi-dual", 20, 15, 3, 10.0, 3e-3), ("dual", 11, 14, 1, 0.1, 2e-2),
-        ("semi-dual", 15, 20, 1, 10.0, 2e-2), ("dual", 14, 11, 2, 0.1, 3e-3),
+        ("dual", 11, 14, 1, 0.1, 2e-2), ("semi-dual", 15, 20, 1, 10.0, 2e-2),
         ("semi-dual", 20, 15, 8, 0.1, 1e-5), ("dual", 20, 15, 8, 0.1, 1e-5),
     ],
 )  # fmt: skip
@@ -163,7 +162,7 @@ def test_value_is_below_the_optimum_of_the_cone_program_and_near_it(formulation,
 
 
 def test_one_partner_each_bounds_unregularised_transport():
-    a, b, cost = problem(14, 20, 1)
+    a, b, cost = problem(8, 11, 1)
     emd = ot.emd2(a.numpy(), b.numpy(), cost.numpy())
     for reg in (1e-3, 1.0):
         result = sparse_transport(a, b, cost, k=1, reg=reg)
@@ -173,8 +172,8 @@ def test_one_partner_each_bounds_unregularised_transport():
 
 
 def test_value_falls_as_the_cap_is_loosened():
-    a, b, cost = problem(20, 15, seed=3)
-    values = [float(sparse_transport(a, b, cost, k=k, reg=3.0).value) for k in (2, 4, 20)]
+    a, b, cost = problem(12, 9, seed=3)
+    values = [float(sparse_transport(a, b, cost, k=k, reg=3.0).value) for k in (2, 4, 12)]
     assert all(loose <= tight * (1 + 3e-3) for tight, loose in itertools.pairwise(values))
     assert values[0] > values[-1] * 1.1
 
@@ -224,11 +223,11 @@ def test_value_is_the_dual_function_of_its_potentials():
         torch.testing.assert_close(result.value, dual)
 
 
-@pytest.mark.parametrize("k", [3, 4])
-def test_value_has_its_gradient(k):
-    a, b, cost = problem(4, 3)
+@pytest.mark.parametrize(("m", "n", "k"), [(4, 3, 3), (3, 2, 3)])
+def test_value_has_its_gradient(m, n, k):
+    a, b, cost = problem(m, n)
     cost.requires_grad_()
-    u, v = (torch.zeros(size, dtype=torch.float64, requires_grad=True) for size in (4, 3))
+    u, v = (torch.zeros(size, dtype=torch.float64, requires_grad=True) for size in (m, n))
 
     def value(cost, u, v):
         result = sparse_transport(a + u - u.mean(), b + v - v.mean(), cost, k=k, reg=0.2, tol=1e-7)
@@ -307,7 +306,7 @@ def test_restarts_from_the_best_point_at_a_kink_and_returns_the_best_seen(monkey
     polished = []
     for seed in range(2):
         rounds.clear(), starts.clear()
-        value = float(sparse_transport(*problem(20, 20, seed), k=1).value)
+        value = float(sparse_transport(*problem(14, 14, seed), k=1).value)
         assert 1 < len(rounds) <= 4
         assert all(start == max(map(max, rounds[:at])) for at, start in enumerate(starts) if at)
         polished.append(value - max(map(max, rounds)))
@@ -319,10 +318,10 @@ def test_restarts_from_the_best_point_at_a_kink_and_returns_the_best_seen(monkey
 def test_a_batch_is_its_problems(solver):
     several = [problem(8, 6, seed) for seed in range(6)]
     a, b, cost = (torch.stack(part).unflatten(0, (2, 3)) for part in zip(*several, strict=True))
-    together = sparse_transport(a, b, cost, k=3, solver=solver, max_iter=20)
+    together = sparse_transport(a, b, cost, k=3, solver=solver, max_iter=8)
     assert together.plan.shape == (2, 3, 8, 6)
     for at, one in enumerate(several):
-        alone = sparse_transport(*one, k=3, solver=solver, max_iter=20)
+        alone = sparse_transport(*one, k=3, solver=solver, max_iter=8)
         for name in ("plan", "value", "alpha", "beta", "marginal_error", "converged"):
             torch.testing.assert_close(getattr(together, name).flatten(0, 1)[at], getattr(alone, name))
 

@@ -117,7 +117,7 @@ def _by_relative_norm(net: nn.Module, x: Tensor, amount: float) -> nn.Module:
     arms=("l1", "dfpc"),
     metric="accuracy on test images, a tenth of the channels removed, no fine-tuning",
     better="higher",
-    smallest={"epochs": 1, "width": 2, "n_train": 200},
+    smallest={"epochs": 1, "width": 2, "n_train": 200, "size": 2},
     check=_fits,
 )
 def accuracy(
@@ -166,7 +166,7 @@ def accuracy(
     seeds=10,
     reason="The lowest bounds are all of the last stage, on the smallest maps: without a tenth of the channels 0.93 of "
     "the multiplications are left, and 0.85 where only uncoupled channels go; what dfpc may remove more makes up for it.",
-    smallest={"epochs": 1, "width": 2, "n_train": 200, "rounds": 3, "round_to": 1, "grain": 0.3},
+    smallest={"epochs": 1, "width": 2, "n_train": 200, "rounds": 1, "round_to": 1, "grain": 0.3},
     check=_fits,
 )
 def speed(

@@ -97,7 +97,7 @@ def _fits(data: TableData, n_train: int, **_: Any) -> None:
     arms=("initial NTK", "final NTK"),
     metric="mean square of kernel regression less network on test points, over that of the network",
     better="lower",
-    smallest={"width": 16, "n_train": 20, "n_models": 2, "n_steps": 200},
+    smallest={"width": 16, "n_train": 20, "n_models": 2, "n_steps": 50},
     check=_fits,
 )
 def final_kernel(
@@ -136,7 +136,7 @@ def final_kernel(
     where="Atanasov et al., Section 3",
     metric="Spearman correlation of the variance's share of the error with the number of samples",
     low=0.8,
-    smallest={"width": 16, "n_models": 2, "n_steps": 50},
+    smallest={"width": 16, "n_models": 2, "n_steps": 10},
 )
 def takes_over(
     trial: Trial, dim: Dim = 6, degree: Degree = 2, width: Count = 32, alpha: Positive = 1.0, n_models: Several = 8,
@@ -162,7 +162,7 @@ def takes_over(
     arms=("lazy", "rich"),
     metric="share of the variance over initialisations in the test error",
     better="lower",
-    smallest={"width": 16, "n_train": 20, "n_models": 2, "n_steps": 100},
+    smallest={"width": 16, "n_train": 10, "n_models": 2, "n_steps": 20},
 )
 def features_postpone(
     trial: Trial, dim: Dim = 6, degree: Degree = 2, n_train: Count = 80, width: Count = 64, lazy: Positive = 5.0,
@@ -187,7 +187,7 @@ def features_postpone(
     arms=("one network", "average of networks"),
     metric="mean squared error on test points, target of mean square 1",
     better="lower",
-    smallest={"width": 16, "n_train": 20, "n_models": 2, "n_steps": 100},
+    smallest={"width": 16, "n_train": 10, "n_models": 2, "n_steps": 20},
 )
 def ensembles(
     trial: Trial, dim: Dim = 6, degree: Degree = 2, n_train: Count = 80, width: Count = 64, alpha: Positive = 1.0,
@@ -223,7 +223,7 @@ def _enough(narrowest: int, n_widths: int, largest: int, **_: Any) -> None:
     low=0.3,
     high=0.7,
     figure=0.5,
-    smallest={"narrowest": 8, "n_widths": 2, "largest": 80, "n_models": 3, "draws": 1},
+    smallest={"narrowest": 8, "n_widths": 2, "largest": 57, "n_models": 2, "draws": 1},
     check=_enough,
 )
 def onset(

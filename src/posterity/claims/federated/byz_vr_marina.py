@@ -103,7 +103,7 @@ def _fits(data: TableData, batch: int, **more: Any) -> None:
     arms=("byz-sgd", "byz-momentum", "byz-vr-marina"),
     metric="logarithm to base 10 of the distance from the least loss",
     better="lower",
-    smallest={"steps": 4},
+    smallest={"steps": 2, "batch": 64},
     check=_fits,
 )
 def no_floor(
@@ -165,7 +165,7 @@ def no_floor(
     arms=("whole vectors", "rand-k"),
     metric="logarithm to base 10 of the numbers a worker sends until the distance from the least loss is 1e-5",
     better="lower",
-    smallest={"steps": 8},
+    smallest={"steps": 3},
     check=_fits,
 )
 def fewer_numbers(

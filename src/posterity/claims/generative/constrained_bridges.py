@@ -178,7 +178,7 @@ def _picture(trial: Trial, arm: str, data: str, raw: Tensor) -> None:
     arms=("unconstrained", "omega-bridge"),
     metric="mean distance of a variable's raw outcome to its domain",
     better="lower",
-    smallest={"steps": 10, "n_samples": 20, "n_steps": 2},
+    smallest={"steps": 2, "n_samples": 20, "n_steps": 1},
     check=_fits,
 )
 def in_the_domain(
@@ -217,7 +217,7 @@ def in_the_domain(
     arms=("unconstrained", "omega-bridge"),
     metric="total variation of joint frequencies to held-out data, mean over pairs of variables",
     better="lower",
-    smallest={"steps": 10, "n_samples": 50, "n_steps": 5},
+    smallest={"steps": 2, "n_samples": 20, "n_steps": 2},
     check=_fits,
 )
 def follows_the_data(
@@ -259,7 +259,7 @@ def follows_the_data(
     where="Liu et al., the theorem on Omega-bridges",
     metric="largest distance of a raw outcome over 5 untrained networks, plus the share of projected ones outside",
     limit=0.1,
-    smallest={"n_samples": 20, "n_steps": 50},
+    smallest={"n_samples": 10, "n_steps": 20},
     check=_fits,
 )
 def never_leaves(

@@ -144,7 +144,7 @@ def beats_bicubic(
     metric="PSNR of the images after the best affine map of their greys, in dB",
     better="higher",
     reason="Which of the two is better depends on the crops and the weight chosen for them, by up to 2 dB either way.",
-    smallest={"steps": 3, "n_validation": 1, "n_test": 2, "side": 8},
+    smallest={"steps": 1, "n_validation": 1, "n_test": 1, "side": 8},
     check=_fits,
 )
 def sparse_gradients(

@@ -97,7 +97,7 @@ def _noise(flow: RectifiedFlow, n: int, trial: Trial) -> Tensor:
     arms=("1-rectified", "2-rectified"),
     metric="sliced W2 to held-out data, one Euler step",
     better="lower",
-    smallest={"steps": 10, "n_pairs": 100, "n_samples": 50},
+    smallest={"steps": 2, "n_pairs": 20, "n_samples": 10},
     check=_fits,
 )
 def one_step(
@@ -142,7 +142,7 @@ def one_step(
     where="Liu et al., theorem on convex transport costs",
     metric="largest ratio of costs ||x1 - x0||^p, p in {1, 2, 4}",
     limit=1.0,
-    smallest={"steps": 10, "n_samples": 50},
+    smallest={"steps": 2, "n_samples": 10},
     check=_fits,
 )
 def transport(
@@ -179,7 +179,7 @@ def transport(
     arms=("1-rectified", "2-rectified"),
     metric="straightness S / E||Z1 - Z0||^2",
     better="lower",
-    smallest={"steps": 10, "n_pairs": 100, "n_samples": 50},
+    smallest={"steps": 2, "n_pairs": 20, "n_samples": 10},
     check=_fits,
 )
 def straightening(
@@ -211,7 +211,7 @@ def straightening(
     arms=("vp", "linear"),
     metric="sliced W2 to held-out data, five Euler steps",
     better="lower",
-    smallest={"steps": 10, "n_samples": 50},
+    smallest={"steps": 2, "n_samples": 10},
     check=_fits,
 )
 def straight_paths(

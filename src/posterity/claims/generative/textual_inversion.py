@@ -140,7 +140,7 @@ def _samples(
     metric="sliced W2 between samples and held-out images",
     better="lower",
     seeds=10,
-    smallest={"steps": 2, "samples": 4, "sampling_steps": 2, "images": 1, "words": 4, "draws": 1},
+    smallest={"steps": 1, "samples": 2, "sampling_steps": 1, "images": 1, "words": 2, "draws": 1},
     check=_fits,
 )
 def learned_word(
@@ -213,7 +213,7 @@ def _towards(images: Tensor, sides: list[tuple[int, int]]) -> float:
     arms=("16 vectors", "1 vector"),
     metric="share of samples that stand on the side that the prompt asks for",
     better="higher",
-    smallest={"steps": 2, "samples": 1, "sampling_steps": 2, "images": 2},
+    smallest={"steps": 1, "samples": 1, "sampling_steps": 1, "images": 2, "batch_size": 2},
     check=_fits,
 )
 def editable(

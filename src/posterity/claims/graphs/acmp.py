@@ -53,7 +53,7 @@ def _accuracy(net: nn.Module, graph: GraphData, rows: Tensor) -> float:
     arms=("grand", "acmp"),
     metric="test accuracy of nodes",
     better="higher",
-    smallest={"epochs": 3, "diffusion_times": (1.0, 2.0), "times": (2.0,), "betas": (0.0, 0.15)},
+    smallest={"epochs": 1, "diffusion_times": (0.5, 1.0), "times": (0.5,), "betas": (0.0, 0.15)},
 )
 def unlike_neighbours(
     trial: Trial,

@@ -84,7 +84,7 @@ def _ends(trial: Trial, kind: Kind, factor: float, rho: float, lr: float, time: 
     arms=("1-SAM", "n-SAM"),
     metric="largest eigenvalue of the Hessian at the end",
     better="lower",
-    smallest={"time": 0.02},
+    smallest={"time": 0.005},
 )
 def worst_direction(
     trial: Trial, rho: Positive = 0.2, lr: Positive = 0.01, time: Positive = 4.0
@@ -103,7 +103,7 @@ def worst_direction(
     arms=("n-SAM", "1-SAM"),
     metric="trace of the Hessian at the end",
     better="lower",
-    smallest={"time": 0.02},
+    smallest={"time": 0.005},
 )
 def average_direction(
     trial: Trial, rho: Positive = 0.2, lr: Positive = 0.01, time: Positive = 4.0
@@ -210,7 +210,7 @@ def _has_rows(data: TableData, rows: int, **more: Any) -> None:
     arms=("n-SAM", "1-SAM"),
     metric="trace of the Hessian of the training loss at the end",
     better="lower",
-    smallest={"steps": 2000},
+    smallest={"steps": 200},
     check=_has_rows,
 )
 def interpolators(

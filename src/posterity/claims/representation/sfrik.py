@@ -51,7 +51,7 @@ def _step(loss: Loss, n: int, dim: int) -> Callable[[], Any]:
     metric="seconds of the loss and its gradient, over those of a product of matrices timed in turn",
     better="lower",
     timed=True,
-    smallest={"dim": 256, "batch_size": 64, "rounds": 1},
+    smallest={"dim": 16, "batch_size": 8, "rounds": 1},
 )
 def cheap(
     trial: Trial, dim: Several = 8192, batch_size: Several = 256, rounds: Count = 2
@@ -114,7 +114,7 @@ def _best(
     where="Zheng et al., Section 5, Tables 2 to 4",
     metric="accuracy of a linear probe, VICReg's less SFRIK's",
     high=0.02,
-    smallest={"steps": 2, "labels_per_class": 1},
+    smallest={"steps": 1, "labels_per_class": 1},
     check=require_parts,
 )
 def competes(
@@ -138,7 +138,7 @@ def competes(
     arms=("alignment only", "sfrik"),
     metric="accuracy of a linear probe",
     better="higher",
-    smallest={"steps": 2, "labels_per_class": 1},
+    smallest={"steps": 1, "labels_per_class": 1},
     check=require_parts,
 )
 def no_collapse(
@@ -165,7 +165,7 @@ def no_collapse(
     where="Zheng et al., Section 3.2",
     metric="rank correlation of the number of degrees and the effective rank of the outputs",
     low=0.9,
-    smallest={"steps": 2},
+    smallest={"steps": 1},
     check=require_parts,
 )
 def degrees(trial: Trial, data: Images = "digits", steps: Count = 200) -> float:

@@ -97,7 +97,7 @@ def _by_mix(trial: Trial, dim: int, labels_per_class: int, pairs: int) -> dict[i
     arms=("learned from 8 tasks", "learned from the task alone"),
     metric="accuracy of a linear probe on the task, mean over 8 targets",
     better="higher",
-    smallest={"pairs": 200, "labels_per_class": 10},
+    smallest={"dim": 1, "pairs": 100, "labels_per_class": 2},
 )
 def own_data(
     trial: Trial, dim: Annotated[int, Between(1, SEEN)] = 6, labels_per_class: Count = 50,
@@ -115,7 +115,7 @@ def own_data(
     arms=("learned from another task", "learned from 8 tasks"),
     metric="accuracy of a linear probe on tasks that are not the target, mean",
     better="higher",
-    smallest={"pairs": 200, "labels_per_class": 10},
+    smallest={"dim": 1, "pairs": 100, "labels_per_class": 2},
 )
 def diverse_data(
     trial: Trial, dim: Annotated[int, Between(1, SEEN)] = 6, labels_per_class: Count = 50,

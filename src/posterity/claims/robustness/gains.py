@@ -72,7 +72,7 @@ def _train(
     arms=("standard training", "gains training"),
     metric="certified accuracy on test images, boxes through the trajectory graph",
     better="higher",
-    smallest={"n_train": 150, "n_test": 2, "epochs": 2, "width": 4, "epsilon": 0.01},
+    smallest={"n_train": 20, "n_test": 1, "epochs": 3, "width": 2, "epsilon": 0.003},
     check=_fits,
 )
 def certified_training(
@@ -119,7 +119,7 @@ def certified_training(
     arms=("box", "gains"),
     metric="certified accuracy on test images",
     better="higher",
-    smallest={"n_train": 150, "n_test": 2, "epochs": 2, "width": 4, "epsilon": 0.01},
+    smallest={"n_train": 20, "n_test": 1, "epochs": 3, "width": 2, "epsilon": 0.003},
     check=_fits,
 )
 def verification(

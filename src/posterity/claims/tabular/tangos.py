@@ -90,7 +90,7 @@ def _mean(losses: list[dict[str, float]]) -> dict[str, float]:
     arms=("none", "l2", "tangos"),
     metric="test loss: squared error of the standardised target, or cross-entropy",
     better="lower",
-    smallest={"max_epochs": 5, "n_rows": 60, "n_noise": 5, "n_splits": 2},
+    smallest={"max_epochs": 5, "n_rows": 60, "n_noise": 5, "n_splits": 1},
 )
 def generalises(
     trial: Trial,
@@ -137,7 +137,7 @@ def generalises(
     arms=("dropout", "dropout + tangos"),
     metric="test loss: squared error of the standardised target, or cross-entropy",
     better="lower",
-    smallest={"max_epochs": 5, "n_rows": 60, "n_noise": 5, "n_splits": 2},
+    smallest={"max_epochs": 5, "n_rows": 60, "n_noise": 5, "n_splits": 1},
 )
 def adds_to_dropout(
     trial: Trial,

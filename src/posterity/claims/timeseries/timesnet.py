@@ -93,7 +93,7 @@ def _apply(net: nn.Module, trial: Trial, x: Tensor, **inputs: Tensor) -> Tensor:
     arms=("1-D", "2-D"),
     metric="mean squared error of hidden entries, standardised",
     better="lower",
-    smallest={"steps": 2, "seq_len": 48, "n_kernels": 2},
+    smallest={"steps": 1, "seq_len": 48, "n_kernels": 1},
     check=_fits,
 )
 def imputation(
@@ -151,7 +151,7 @@ def _interpolate(x: Tensor, known: Tensor) -> Tensor:
     arms=("1-D", "2-D"),
     metric="mean squared error of the forecast, standardised",
     better="lower",
-    smallest={"steps": 2, "seq_len": 48, "n_kernels": 2},
+    smallest={"steps": 1, "seq_len": 48, "n_kernels": 1},
     check=_fits,
 )
 def forecasting(
@@ -194,7 +194,7 @@ def forecasting(
     arms=("1-D", "2-D"),
     metric="area under the ROC curve of spiked steps",
     better="higher",
-    smallest={"steps": 2, "seq_len": 48, "n_kernels": 2},
+    smallest={"steps": 1, "seq_len": 48, "n_kernels": 1},
     check=_fits,
 )
 def detection(
@@ -244,7 +244,7 @@ def detection(
     arms=("1-D", "2-D"),
     metric="accuracy",
     better="higher",
-    smallest={"steps": 2, "seq_len": 48, "n_kernels": 2, "n_train": 32, "n_test": 64},
+    smallest={"steps": 1, "seq_len": 48, "n_kernels": 1, "n_train": 32, "n_test": 64},
 )
 def classification(
     trial: Trial,

@@ -17,7 +17,7 @@ from posterity.transfer import CrossLevelDistillation, CrossLevelLearner, Featur
 
 CHANNELS = [16, 32, 64, 64]
 BATCH = 64
-SHOTS, QUERIES, WAYS, EPISODES = 5, 15, 5, 200
+SHOTS, QUERIES, WAYS = 5, 15, 5
 SIDE = 16  # pixels; smaller images are doubled
 Change = Literal["inverted", "edges", "none"]
 
@@ -164,7 +164,7 @@ def _features(net: Blocks, x: Tensor) -> np.ndarray:
     arms=("simclr", "same-level", "cross-level"),
     metric="mean accuracy, 5-way 5-shot",
     better="higher",
-    smallest={"epochs": 1, "n_unlabelled": 64},
+    smallest={"epochs": 1, "n_unlabelled": 64, "n_episodes": 10},
     reason="A teacher of five digits is right on 0.6 of the inverted ones: what it knows helps no more than it hinders.",
     check=_require_domains,
 )
@@ -174,6 +174,7 @@ def next_level(
     change: Change = "inverted",
     n_unlabelled: Annotated[int, Between(BATCH)] = 400,
     epochs: Count = 30,
+    n_episodes: Count = 200,
 ) -> dict[str, float]:
     """Train a teacher on one half of the classes and students on unlabelled, changed images of the other.
 
@@ -187,12 +188,12 @@ def next_level(
     found = {}
     for arm in ("simclr", "same-level", "cross-level"):
         features = _features(_student(arm, teacher, free, epochs, trial.seed), x)
-        found[arm] = few_shot_accuracy(features, y, n_episodes=EPISODES, random_state=trial.seed).mean
-        one = few_shot_accuracy(features, y, n_shot=1, n_episodes=EPISODES, random_state=trial.seed).mean
+        found[arm] = few_shot_accuracy(features, y, n_episodes=n_episodes, random_state=trial.seed).mean
+        one = few_shot_accuracy(features, y, n_shot=1, n_episodes=n_episodes, random_state=trial.seed).mean
         trial.record(f"{arm}, 1-shot", one)
     trial.record(
         "teacher",
-        few_shot_accuracy(_features(teacher, x), y, n_episodes=EPISODES, random_state=trial.seed).mean,
+        few_shot_accuracy(_features(teacher, x), y, n_episodes=n_episodes, random_state=trial.seed).mean,
     )
     return found
 
@@ -204,7 +205,7 @@ def next_level(
     arms=("same-level", "cross-level"),
     metric="mean accuracy, 5-way 5-shot",
     better="higher",
-    smallest={"epochs": 1, "n_unlabelled": 64},
+    smallest={"epochs": 1, "n_unlabelled": 64, "n_episodes": 10},
     reason="In a small network on small images blocks see nearly the same, and which of the teacher's is followed does not show.",
     check=_require_domains,
 )
@@ -214,6 +215,7 @@ def not_the_same_level(
     change: Change = "inverted",
     n_unlabelled: Annotated[int, Between(BATCH)] = 400,
     epochs: Count = 30,
+    n_episodes: Count = 200,
 ) -> dict[str, float]:
     """Train two students that differ in which of the teacher's blocks theirs are drawn to.
 
@@ -225,7 +227,7 @@ def not_the_same_level(
     teacher = _teacher(base, len(images.classes) // 2, epochs, trial.seed)
     return {
         arm: few_shot_accuracy(
-            _features(_student(arm, teacher, free, epochs, trial.seed), x), y, n_episodes=EPISODES,
+            _features(_student(arm, teacher, free, epochs, trial.seed), x), y, n_episodes=n_episodes,
             random_state=trial.seed,
         ).mean
         for arm in ("same-level", "cross-level")
@@ -239,7 +241,7 @@ def not_the_same_level(
     arms=("plain", "power only", "denoised"),
     metric="mean accuracy, 5-way 1-shot",
     better="higher",
-    smallest={"epochs": 1, "n_unlabelled": 64},
+    smallest={"epochs": 1, "n_unlabelled": 64, "n_episodes": 10},
     reason="The small network has 64 features for five classes, of which few are small and none is noise to be cut.",
     check=_require_domains,
 )
@@ -249,6 +251,7 @@ def denoising(
     change: Change = "inverted",
     n_unlabelled: Annotated[int, Between(BATCH)] = 400,
     epochs: Count = 30,
+    n_episodes: Count = 200,
     power: Annotated[float, Between(0.05, 1)] = 0.4,
 ) -> dict[str, float]:
     """Classify the features of a cross-level student as they are, raised to a power, and denoised, half of them kept.
@@ -263,5 +266,5 @@ def denoising(
     found = {}
     for arm, top, by in (("plain", d, 1.0), ("power only", d, power), ("denoised", d // 2, power)):
         kept = FeatureDenoiser(top=top, power=by).fit_transform(features)
-        found[arm] = few_shot_accuracy(kept, y, n_shot=1, n_episodes=EPISODES, random_state=trial.seed).mean
+        found[arm] = few_shot_accuracy(kept, y, n_shot=1, n_episodes=n_episodes, random_state=trial.seed).mean
     return found

@@ -129,7 +129,7 @@ def _require_stream(data: ImageData, n_stream: int = 1400, name: str = "data", *
     arms=("replay", "balanced replay", "scheduled prior"),
     metric="mean accuracy over the stream, on the classes seen",
     better="higher",
-    smallest={"n_stream": 120, "query": 120},
+    smallest={"n_stream": 100, "query": 100},
     check=_require_stream,
 )
 def anytime(
@@ -169,7 +169,7 @@ def anytime(
     arms=("replay", "balanced replay", "scheduled prior"),
     metric="mean knowledge loss rate over ten intervals",
     better="lower",
-    smallest={"n_stream": 160},
+    smallest={"n_stream": 100},
     check=_require_stream,
 )
 def less_lost(

@@ -84,7 +84,7 @@ def capped_columns(
     where="Liu et al., abstract",
     metric="Spearman correlation of k with the row-marginal error left after 100 iterations",
     high=-0.8,
-    smallest={"n_colors": 16, "n_pixels": 500, "max_iter": 30},
+    smallest={"n_colors": 16, "n_pixels": 500, "max_iter": 10},
 )
 def smoother_with_k(
     trial: Trial,
