@@ -126,6 +126,12 @@ def routing(folder):
     return european(frame, folder / "Kunden.csv")
 
 
+def matchings(folder):
+    orders = np.argsort(rng.random((40, 3)), 1)
+    np.savez(folder / "Paare.npz", features=rng.random((40, 81)), permutations=orders)
+    return folder / "Paare.npz"
+
+
 def qubo(folder):
     np.savez(folder / "Kopplungen.npz", matrix=rng.integers(-3, 4, (9, 9)))
     return folder / "Kopplungen.npz"
@@ -176,7 +182,7 @@ FILES = {
     "table": table, "points": points, "pictures": pictures, "samples": images, "images": images,
     "labelled": table, "examples": table, "series": series, "functions": functions,
     "instrumented": instrumented, "graph": graph, "text": text, "clients": clients,
-    "routing": routing, "qubo": qubo,
+    "routing": routing, "qubo": qubo, "matchings": matchings,
 }  # fmt: skip
 OF_PAPER = {"diffusion-fields functions": fields, "ecgan pictures": scenes, "csp images": words, "sfrik images": few, "scheduled-data-prior images": few, "fedfa clients": branches,
             "semantic-robustness graph": known}  # fmt: skip

@@ -25,6 +25,7 @@ OWN = {  # what a name is in one place, where the field's own use of it is anoth
     "generative.FunkNN.__init__": {"network"},  # its kind, by name
     "transfer.ScheduledTeacher.__init__": {"module"},
     "uncertainty.fit_input_components": {"inputs"},
+    "combinatorial.CCQD.__init__": {"seed", "tau"},  # ribs' word; how fast slow copies follow
     "compression.latency": {"warmup"},  # calls that are not timed
     "dynamics.grokking_delay": {"steps"},  # their numbers
     "clustering.EarlyStopMiniBatchKMeans.__init__": {"learning_rate"},  # of centres, by name

@@ -65,6 +65,18 @@ def graph(n=60, **arrays):
     return {**whole, "edges": rng.integers(0, n, (3 * n, 2)), **arrays}
 
 
+def places(n, **columns):
+    return pd.DataFrame({"x": rng.normal(size=n), "y": rng.normal(size=n), **columns})
+
+
+def matchings(n=20, **arrays):
+    whole = {
+        "features": rng.random((n, 16)),
+        "permutations": np.stack([np.arange(n) % 2, 1 - np.arange(n) % 2], 1),
+    }
+    return {**whole, **arrays}
+
+
 def masks(*ends):
     at, low = np.arange(60)[None], 0
     for part, high in zip(("train", "val", "test"), ends, strict=True):
@@ -155,6 +167,27 @@ BROKEN = {
         "four different words": ("to be or not " * 9, "at least 20 words, 5 of them different"),
         "no word": ("?! ...", "has no word"),
     },
+    "routing": {
+        "a depot alone": (places(1), "at least 2 customers are needed, has 0"),
+        "text": (places(9, x=list("abcdefghi")), "column 'x' must be numbers"),
+        "no coordinates": (places(9).drop(columns="y"), "columns x and y, or longitude and latitude, are needed"),
+        "a negative demand": (places(9, demand=-1.0), "the demand of place 1 is -1"),
+        "no depot": (places(9, depot="no"), "marks no depot"),
+    },
+    "matchings": {
+        "a single pair": (matchings(1), "at least 10 pairs of graphs"),
+        "one permutation": (matchings(permutations=np.tile([1, 0], (20, 1))), "all permutations are the same"),
+        "no permutation": (matchings(permutations=np.ones((20, 2), int)), r"row 0 of permutations is \[1, 1\]"),
+        "features of others": (matchings(features=np.ones((20, 9))), r"features must be numbers \(20, 16\)"),
+        "no array": ({}, "array 'features' is missing"),
+    },
+    "qubo": {
+        "a single bit": ({"matrix": np.ones((1, 1))}, "at least 2 bits"),
+        "nothing to choose": ({"matrix": np.zeros((4, 4))}, "at least 2 bits and one coupling"),
+        "not square": ({"matrix": np.ones((4, 5))}, r"matrix must be \(n, n\)"),
+        "no number": ({"matrix": np.full((4, 4), math.nan)}, "NaN or infinity at"),
+        "edges of fractions": ({"edges": np.ones((4, 2))}, "edges must be integers"),
+    },
     "examples": {
         "a single row": (features(1), "at least 10 inputs"),
         "equal rows": (features(x=np.ones((60, 5))), "all inputs are the same"),
@@ -175,6 +208,9 @@ LEAST = {
     "instrumented": instrumented(80, treatment=np.where(np.arange(80) % 10 < 5, 1, np.arange(80) % 2)),
     "graph": graph(24),
     "text": "to be or not is " * 4,
+    "routing": places(3),
+    "matchings": matchings(12),
+    "qubo": {"matrix": np.array([[0.0, 1.0], [1.0, -1.0]])},
     "examples": features(20, y=np.arange(20) % 2),
 }
 
