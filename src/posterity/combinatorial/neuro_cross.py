@@ -196,6 +196,7 @@ class _Search:
         self.symmetric = bool(np.abs(between - between.T).max() <= 1e-12 * between.max())
         self.loads = None if problem.capacity is None else loads_and_rooms(problem)
         self.n_iter = self.n_evaluated = 0
+        self.last_pass = 0.0  # seconds that the network took, which are not begun when fewer are left
         self.known: dict[tuple[int, int], tuple] = {}
 
     def begin(self, plan: list[list[int]] | None) -> None:
@@ -238,11 +239,12 @@ class _Search:
         routes = [list(route) for route in plan]
         return FleetPlan(routes, exact, max(lengths), self.n_iter, converged, self.n_evaluated)
 
-    def _late(self) -> bool:
-        return time.monotonic() - self.began >= self.seconds
+    def _late(self, ahead: float = 0.0) -> bool:
+        """Return whether the time is over, or will be after so many seconds more."""
+        return time.monotonic() - self.began + ahead >= self.seconds
 
-    def _tick(self) -> None:
-        if self._late():
+    def _tick(self, ahead: float = 0.0) -> None:
+        if self._late(ahead):
             raise _Late
 
     def _now(self) -> _Kept:
@@ -293,8 +295,10 @@ class _Search:
             if self.net is None:
                 picked += [None] * len(some)
             else:
+                self._tick(self.last_pass)
+                start = time.monotonic()
                 picked += _picked(self.net, self.problem, self.plan, some, self.top_k)
-                self._tick()
+                self.last_pass = time.monotonic() - start
         for (i, j), given in zip(pairs, picked, strict=True):
             exchanges = Exchanges(self.problem, self.ways, self.plan, i, j)
             starts, stops, decrements = exchanges.best(given, tick=self._tick)
