@@ -80,7 +80,7 @@ def calls(solver, instance: object, n: int) -> None:
 def main() -> None:
     rng, problem = np.random.default_rng(100), ATSP()
     costs = rng.integers(1, 1000, (50, 50)).astype(float)
-    why = "a call of the nearest neighbor of 50 cities takes 0.1 ms, listing the allowed arcs and valuing a tour together half as much"
+    why = "listing the allowed arcs and valuing a tour take about 0.04 ms a call, as much as a call of the nearest neighbor and a tenth of one of the insertion"
     for name, solver in (("nearest", nearest), ("farthest-insertion", farthest_insertion)):
         race(
             f"an attack with 300 calls of {name} at 50 cities, against the calls alone",

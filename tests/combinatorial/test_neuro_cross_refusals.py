@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from posterity.claims.combinatorial import neuro_cross as claims
 from posterity.combinatorial import (
     DecrementNet,
     FleetProblem,
@@ -13,6 +15,7 @@ from posterity.combinatorial import (
     fit_decrements,
     solve_min_max,
 )
+from posterity.lab.tasks.routing import Fleet
 
 SQUARE, ROWS = torch.rand(4, 4), torch.rand(2, 4)
 
@@ -127,3 +130,14 @@ def test_refuses_a_network_whose_tables_do_not_fit(as_a_user):
 
     with pytest.raises(ValueError, match=r"net must return tables of shapes \[\(3, 3\)\], got \[\(1, 1\)\]"):
         solve_min_max(FleetProblem(SQUARE, ROWS, ROWS), [[0, 1], [2, 3]], net=Wrong())
+
+
+@pytest.mark.parametrize("capacity", [math.inf, 6.0])
+def test_the_entry_of_the_comparison_serves_all_and_fits(monkeypatch, capacity):
+    monkeypatch.setattr(claims, "_trained", lambda *_: (DecrementNet(), []))  # what it picks is always exact
+    distance = np.random.default_rng(0).uniform(1, 2, (10, 10))  # ways back are not as long
+    np.fill_diagonal(distance, 0)
+    demands = np.arange(9) % 3 + 1.0
+    plan = claims.balanced(Fleet(distance, demands, capacity, 4, 0.2), 0)()
+    assert sorted(c for route in plan for c in route) == list(range(9)) and len(plan) == 4
+    assert all(sum(demands[c] for c in route) <= capacity for route in plan)
